@@ -1,0 +1,183 @@
+"""Configuration: one schema behind the library, the command line and the engines.
+
+Later sources win: defaults, YAML file (`DROIDSPEAK_CONFIG` or an argument), `DROIDSPEAK_*` environment,
+what the caller passes (an engine's extra configuration, command line flags). With none of them it works:
+CPU memory, and disk under the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from droidspeak.connector import ConnectorOptions
+from droidspeak.errors import ConfigError, UsageError
+from droidspeak.storage import DEFAULT_CHUNK_SIZE, Limits, TieredStore, WriteBackOptions, cache_folder
+from droidspeak.storage.urls import open_tier, parse_size
+
+__all__ = ["Settings", "load_settings", "open_store"]
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class LimitSettings(BaseModel):
+    """Deadlines of a tier in seconds, and when a failing one is tried again."""
+
+    model_config = _FROZEN
+
+    read_deadline: float = Field(Limits.read_deadline, gt=0)
+    write_deadline: float = Field(Limits.write_deadline, gt=0)
+    cooldown: float = Field(Limits.cooldown, gt=0)
+    max_cooldown: float = Field(Limits.max_cooldown, gt=0)
+    threads: int = Field(Limits.threads, gt=0)
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured.
+
+    Attributes:
+        tiers: from fast to slow, each a URL or a mapping (`droidspeak.storage.urls`); in the
+            environment URLs with blanks between them.
+        chunk_size: tokens per chunk; all processes that share must agree.
+        codec: of what is saved, `raw` or `zstd`.
+        salt: this tenant's secret; other salts' caches do not exist here.
+        quality_floor: least quality of a plan, as a share of full prefill's.
+        load_deadline: seconds until a request stops waiting for the store.
+        loaders: threads per request that read and decode.
+        promote: copy what slower tiers gave into faster ones.
+        write_queue: bytes that may wait in front of each slower tier.
+        limits: per tier name.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DROIDSPEAK_", frozen=True, extra="forbid")
+
+    tiers: Annotated[tuple[str | dict[str, Any], ...], NoDecode] = Field(
+        default_factory=lambda: ("cpu://?capacity=1GiB", f"disk://{cache_folder() / 'store'}?capacity=20GiB"),
+        min_length=1,
+    )
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    codec: str = "raw"
+    salt: str = ""
+    quality_floor: float = Field(0.95, ge=0, le=1)
+    load_deadline: float = Field(30.0, gt=0)
+    loaders: int = Field(2, gt=0, le=64)
+    promote: bool = True
+    write_queue: str | int = "1GiB"
+    limits: dict[str, LimitSettings] = {}
+
+    @field_validator("tiers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(value.split()) if isinstance(value, str) else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _FileSource(settings_cls)
+
+    @property
+    def connector_options(self) -> ConnectorOptions:
+        """What the connector needs of this."""
+        return ConnectorOptions(
+            chunk_size=self.chunk_size,
+            codec=self.codec,
+            load_deadline=self.load_deadline,
+            loaders=self.loaders,
+        )
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The YAML file that `DROIDSPEAK_CONFIG` names."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        path = os.environ.get("DROIDSPEAK_CONFIG")
+        return _read_yaml(Path(path)) if path else {}
+
+
+def load_settings(file: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """The settings as resolved from all sources.
+
+    Args:
+        file: YAML file; `DROIDSPEAK_CONFIG` if `None`.
+        overrides: win over everything else, unless their value is `None`.
+
+    Raises:
+        ConfigError: naming the key, what is wrong, and what is allowed.
+    """
+    values: dict[str, Any] = {} if file is None else _below_environment(_read_yaml(Path(file)))
+    values |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    try:
+        settings = Settings(**values)
+        _check(settings)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}") from None
+    return settings
+
+
+def open_store(settings: Settings) -> TieredStore:
+    """The store that `settings` describe. Raises `ConfigError`, or `TierUnavailable` for a bad folder."""
+    limits = {name: Limits(**limit.model_dump()) for name, limit in settings.limits.items()}
+    return TieredStore(
+        [open_tier(tier) for tier in settings.tiers],
+        limits=limits,
+        promote=settings.promote,
+        write_back=WriteBackOptions(capacity=parse_size(settings.write_queue)),
+    )
+
+
+def _below_environment(values: dict[str, Any]) -> dict[str, Any]:
+    """A file's values, less those that the environment sets too."""
+    return {key: value for key, value in values.items() if f"DROIDSPEAK_{key.upper()}" not in os.environ}
+
+
+def _check(settings: Settings) -> None:
+    try:
+        _ = settings.connector_options
+        parse_size(settings.write_queue)
+    except UsageError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration {path} must be a mapping of keys, not a {type(content).__name__}")
+    return content
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown configuration key {path!r}; allowed: {', '.join(sorted(Settings.model_fields))}"
+    return f"configuration key {path!r}: {first['msg']}, not {first['input']!r}"

@@ -1,0 +1,54 @@
+"""A match: which chunks serve which tokens of a prompt.
+
+tokens   | 0 .. exact | .. shared            | .. end of prompt |
+served by| own chunks | another model's, by  | prefill          |
+         |            | the plan             |                  |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from droidspeak.connector.status import Reason
+from droidspeak.layerselect import Plan
+from droidspeak.storage import ChunkInfo, SourceManifest
+
+__all__ = ["Match"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a lookup found.
+
+    Attributes:
+        receiver: `None` if the model could not be identified; then there are no chunks.
+        reason: what the outcome will be if loading succeeds; why there are no chunks, without any.
+        length: tokens of the prompt.
+        exact: the receiver's own leading chunks.
+        shared: chunks of `source` after them, to be used by `plan`.
+    """
+
+    receiver: SourceManifest | None
+    reason: Reason
+    length: int
+    chunk_size: int
+    exact: tuple[ChunkInfo, ...] = ()
+    shared: tuple[ChunkInfo, ...] = ()
+    plan: Plan | None = None
+    source: str | None = None
+
+    @property
+    def exact_tokens(self) -> int:
+        return len(self.exact) * self.chunk_size
+
+    @property
+    def shared_tokens(self) -> int:
+        return len(self.shared) * self.chunk_size
+
+    @property
+    def tokens(self) -> int:
+        """Leading tokens that need no prefill."""
+        return self.exact_tokens + self.shared_tokens
+
+    def __bool__(self) -> bool:
+        return bool(self.exact or self.shared)

@@ -1,0 +1,111 @@
+"""Partial prefill: the receiver recomputes the plan's groups, everything else is taken from a source."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from droidspeak.errors import UsageError
+from droidspeak.integrations.transformers.decoder import Decoder
+from droidspeak.integrations.transformers.kv import KV
+from droidspeak.layerselect import Action, Group, Plan
+
+__all__ = ["LayerSource", "PrefixKV", "capture", "partial_prefill"]
+
+
+class LayerSource(Protocol):
+    """Where K, V and E come from: a `LayerStream`, or tensors at hand (`PrefixKV`)."""
+
+    def e(self, layer: int) -> Tensor:
+        """E of a transition layer for the tokens after the exact ones, `[tokens, hidden]`."""
+
+    def kv(self, layer: int) -> KV:
+        """K and V of a layer for all tokens; of a recomputed layer only the exact rows count."""
+
+
+@dataclass
+class PrefixKV:
+    """K and V of every layer of one prefix, and E of some layers, in memory."""
+
+    layers: list[KV] = field(default_factory=list)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def e(self, layer: int) -> Tensor:
+        try:
+            return self.inputs[layer]
+        except KeyError:
+            held = sorted(self.inputs) or "none"
+            raise UsageError(f"E of layer {layer} was not captured; captured: {held}") from None
+
+    def kv(self, layer: int) -> KV:
+        return self.layers[layer]
+
+
+def capture(model: Decoder | PreTrainedModel, token_ids: Tensor, e_layers: Collection[int] = ()) -> PrefixKV:
+    """What a sender's own prefill of `token_ids` (`[tokens]`, int64) yields."""
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    prefix = PrefixKV()
+
+    def keep(layer: int, k: Tensor, v: Tensor, e: Tensor | None) -> None:
+        prefix.layers.append((k, v))
+        if e is not None:
+            prefix.inputs[layer] = e
+
+    decoder.prefill(token_ids, e_layers=e_layers, on_layer=keep)
+    return prefix
+
+
+def partial_prefill(
+    plan: Plan,
+    model: Decoder | PreTrainedModel,
+    token_ids: Tensor,
+    source: LayerSource,
+    *,
+    exact_tokens: int = 0,
+) -> list[KV]:
+    """K and V of every layer for `token_ids`, mixed by `plan` (paper, section 4).
+
+    The groups are recomputed first: they need only E, so what a stream still loads arrives meanwhile.
+
+    Args:
+        model: the receiver.
+        token_ids: `[tokens]` int64, the tokens that `source` covers.
+        exact_tokens: leading tokens whose K and V in `source` are the receiver's own.
+
+    Returns:
+        Per layer K and V, `[tokens, kv_heads, head_dim]`; `past_key_values` makes a cache of them.
+
+    Raises:
+        UsageError: a plan that does not fit the model, or that maps layers.
+        LoadFailed: from `source`.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    if plan.layers != decoder.num_layers:
+        raise UsageError(f"plan of {plan.layers} layers for a model of {decoder.num_layers}")
+    if Action.MAP in plan.actions:
+        raise UsageError("this plan maps layers: it needs the maps of its policy")
+    mixed: dict[int, KV] = {}
+    for group in plan.groups:
+        mixed |= _recompute(decoder, group, token_ids, source, exact_tokens)
+    return [mixed[layer] if layer in mixed else source.kv(layer) for layer in range(plan.layers)]
+
+
+def _recompute(
+    decoder: Decoder, group: Group, token_ids: Tensor, source: LayerSource, exact_tokens: int
+) -> dict[int, KV]:
+    e = source.e(group.start) if group.start else None
+    rows = {layer: source.kv(layer) for layer in group} if exact_tokens else {}
+    own = {layer: (k[:exact_tokens], v[:exact_tokens]) for layer, (k, v) in rows.items()}
+    # Entries outside the group are not read; they only have to be there.
+    past = [own.get(layer, own[group.start]) for layer in range(decoder.num_layers)] if own else ()
+    fresh = decoder.recompute(token_ids[exact_tokens:], group.start, group.end, e=e, past=past)
+    if not exact_tokens:
+        return dict(zip(group, fresh, strict=True))
+    for layer, (k, v) in zip(group, fresh, strict=True):
+        rows[layer][0][exact_tokens:].copy_(k)
+        rows[layer][1][exact_tokens:].copy_(v)
+    return rows

@@ -1,0 +1,408 @@
+"""The disk tier's catalog: one SQLite file that says what the folder holds.
+
+    chunks    one row per readable chunk: size, shape, last use, place in its eviction queue
+    writes    one row per write under way; a row that outlives its writer is settled at the next open
+    ghosts    keys that left after a single use (S3-FIFO)
+    totals    chunks and bytes per source and queue, kept by triggers: no question scans the rows
+    clock     order of the eviction queues: the wall clock in ns, but it never stands still
+
+The chunk files are the durable contract, the catalog is an index over them: a catalog that is
+missing, damaged or of another version is moved aside, and the tier makes a new one from the files.
+
+Every change happens in a `transaction`, which holds SQLite's write lock over all processes. Questions
+go over a second connection and, thanks to WAL, never wait for a change.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from droidspeak.errors import TierUnavailable
+from droidspeak.storage.eviction import Entry, Ledger
+from droidspeak.storage.keys import ChunkKey, SourceId
+from droidspeak.storage.tier import ChunkInfo, TierUsage
+
+__all__ = ["Catalog", "CatalogRow", "PendingWrite"]
+
+VERSION = 1
+_BUSY_SECONDS = 10.0
+_BATCH = 500
+_PAGE = 1000
+_CACHE_KIB = 16 * 1024
+_WAL_LIMIT = 64 << 20
+_Row = tuple[str, int, int, str, str, int]
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+_SCHEMA = (
+    """CREATE TABLE chunks (
+        key TEXT PRIMARY KEY,
+        nbytes INTEGER NOT NULL,
+        queue TEXT NOT NULL,
+        place INTEGER NOT NULL,
+        hits INTEGER NOT NULL,
+        pinned INTEGER NOT NULL,
+        tokens INTEGER NOT NULL DEFAULT 0,
+        header_bytes INTEGER NOT NULL DEFAULT 0,
+        e_layers TEXT NOT NULL DEFAULT '',
+        codec TEXT NOT NULL DEFAULT 'raw',
+        created INTEGER NOT NULL DEFAULT 0,
+        used INTEGER NOT NULL DEFAULT 0
+    ) WITHOUT ROWID""",
+    "CREATE INDEX eviction ON chunks (queue, place) WHERE pinned = 0",
+    """CREATE TABLE writes (
+        temp TEXT PRIMARY KEY,
+        key TEXT NOT NULL,
+        nbytes INTEGER NOT NULL,
+        writer TEXT NOT NULL
+    ) WITHOUT ROWID""",
+    "CREATE TABLE ghosts (age INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE)",
+    "CREATE TABLE clock (tick INTEGER NOT NULL)",
+    "INSERT INTO clock VALUES (0)",
+    """CREATE TABLE totals (
+        source TEXT,
+        queue TEXT,
+        chunks INTEGER NOT NULL,
+        nbytes INTEGER NOT NULL,
+        PRIMARY KEY (source, queue)
+    ) WITHOUT ROWID""",
+    """CREATE TRIGGER chunk_came AFTER INSERT ON chunks BEGIN
+        INSERT INTO totals VALUES (substr(new.key, 1, 64), new.queue, 1, new.nbytes)
+        ON CONFLICT DO UPDATE SET chunks = chunks + 1, nbytes = nbytes + excluded.nbytes;
+    END""",
+    """CREATE TRIGGER chunk_left AFTER DELETE ON chunks BEGIN
+        UPDATE totals SET chunks = chunks - 1, nbytes = nbytes - old.nbytes
+        WHERE source = substr(old.key, 1, 64) AND queue = old.queue;
+    END""",
+    """CREATE TRIGGER chunk_moved AFTER UPDATE OF queue, nbytes ON chunks
+    WHEN old.queue <> new.queue OR old.nbytes <> new.nbytes BEGIN
+        UPDATE totals SET chunks = chunks - 1, nbytes = nbytes - old.nbytes
+        WHERE source = substr(old.key, 1, 64) AND queue = old.queue;
+        INSERT INTO totals VALUES (substr(new.key, 1, 64), new.queue, 1, new.nbytes)
+        ON CONFLICT DO UPDATE SET chunks = chunks + 1, nbytes = nbytes + excluded.nbytes;
+    END""",
+)
+
+_PUT = """
+    INSERT INTO chunks (key, nbytes, queue, place, hits, pinned) VALUES (?, ?, ?, ?, ?, ?)
+    ON CONFLICT (key) DO UPDATE SET nbytes = excluded.nbytes, queue = excluded.queue,
+        place = excluded.place, hits = excluded.hits, pinned = excluded.pinned"""
+
+_COMMITTED = """
+    SELECT (SELECT coalesce(sum(nbytes), 0) FROM totals)
+         + (SELECT coalesce(sum(nbytes), 0) FROM writes)
+         - (SELECT coalesce(sum(nbytes), 0) FROM chunks WHERE key IN (SELECT key FROM writes))"""
+
+_REMEMBERED = """
+    UPDATE chunks SET (queue, place, hits, pinned, created, used) =
+        (SELECT queue, place, hits, pinned, created, used FROM remembered WHERE key = chunks.key)
+    WHERE key IN (SELECT key FROM remembered)"""
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogRow:
+    """A chunk and the bytes of its header, so that one request fetches the header."""
+
+    info: ChunkInfo
+    header_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PendingWrite:
+    """A write under way. `temp` is relative to the tier's root; `writer` names the process."""
+
+    temp: str
+    key: ChunkKey
+    nbytes: int
+    writer: str
+
+
+class Catalog(Ledger):
+    """Rows of chunks and writes, and the ledger of the eviction policy over them.
+
+    Attributes:
+        fresh: the catalog has just been made and the files must still be scanned into it.
+
+    Args:
+        path: the SQLite file. Whoever opens it for writing keeps others from opening it meanwhile.
+        read_only: nothing is written, not even SQLite's own side files if none are there.
+
+    All methods raise `TierUnavailable` when the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, max_ghosts: int = 100_000) -> None:
+        self._path = path
+        self._max_ghosts = max_ghosts
+        self._reading, self._writing = threading.Lock(), threading.RLock()
+        self._inode = 0
+        self.fresh = False
+        with self._guarded():
+            if read_only:
+                self._reader = self._writer = _open_read_only(path)
+            else:
+                self.fresh = not _usable(path)
+                self._writer, self._reader = _open(path), _open(path)
+                self._inode = path.stat().st_ino
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that happens inside is kept, or none of it; other writers of the folder wait.
+
+        A new catalog gets its tables in its first transaction and is marked as complete with it.
+        """
+        with self._writing, self._guarded():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                if self.fresh:
+                    for statement in (*_SCHEMA, f"PRAGMA user_version = {VERSION}"):
+                        self._writer.execute(statement)
+                yield
+                self._writer.execute("COMMIT")
+                self.fresh = False
+            finally:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+
+    # --- the ledger ---
+
+    def get(self, key: ChunkKey) -> Entry | None:
+        rows = self._change("SELECT key, nbytes, queue, hits, pinned FROM chunks WHERE key = ?", str(key))
+        return _entry(rows[0]) if rows else None
+
+    def put(self, entry: Entry) -> None:
+        tick = self._change("UPDATE clock SET tick = max(tick + 1, ?) RETURNING tick", time.time_ns())[0][0]
+        self._change(_PUT, str(entry.key), entry.nbytes, entry.queue, tick, entry.hits, entry.pinned)
+
+    def set_hits(self, key: ChunkKey, hits: int) -> None:
+        self._change("UPDATE chunks SET hits = ? WHERE key = ?", hits, str(key))
+
+    def oldest(self, queue: str) -> Entry | None:
+        rows = self._change(
+            "SELECT key, nbytes, queue, hits, pinned FROM chunks"
+            " WHERE queue = ? AND pinned = 0 ORDER BY place LIMIT 1",
+            queue,
+        )
+        return _entry(rows[0]) if rows else None
+
+    def nbytes(self, queue: str | None = None) -> int:
+        total = "SELECT coalesce(sum(nbytes), 0) FROM totals WHERE ?1 IS NULL OR queue = ?1"
+        return int(self._change(total, queue)[0][0])
+
+    def remember_ghost(self, key: ChunkKey) -> None:
+        self._change("INSERT OR REPLACE INTO ghosts (key) VALUES (?)", str(key))
+        self._change("DELETE FROM ghosts WHERE age <= (SELECT max(age) FROM ghosts) - ?", self._max_ghosts)
+
+    def forget_ghost(self, key: ChunkKey) -> bool:
+        return bool(self._change("DELETE FROM ghosts WHERE key = ? RETURNING 1", str(key)))
+
+    # --- chunks ---
+
+    def find(self, key: ChunkKey) -> CatalogRow | None:
+        """The row of `key`."""
+        text = str(key)
+        row = self._rows([text]).get(text)
+        return CatalogRow(_info(key, row), row[5]) if row else None
+
+    def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
+        """Infos of the longest run of `keys`, from the first, without a gap."""
+        found: list[ChunkInfo] = []
+        # Most runs are short: batches grow, so that a miss at the start costs one small question.
+        start, size = 0, 16
+        while start < len(keys):
+            batch = [(str(key), key) for key in keys[start : start + size]]
+            rows = self._rows([text for text, _ in batch])
+            for text, key in batch:
+                if text not in rows:
+                    return found
+                found.append(_info(key, rows[text]))
+            start, size = start + size, min(4 * size, _BATCH)
+        return found
+
+    def keys(self) -> Iterator[ChunkKey]:
+        """All keys in order, fetched page by page; no snapshot is held in between."""
+        after = ""
+        while page := self._ask(f"SELECT key FROM chunks WHERE key > ? ORDER BY key LIMIT {_PAGE}", after):
+            yield from (ChunkKey.parse(key) for (key,) in page)
+            after = page[-1][0]
+
+    def describe(self, info: ChunkInfo, header_bytes: int, created: int) -> None:
+        """Fills in the row of an admitted chunk; `created` is in ns since the epoch."""
+        layers = ",".join(map(str, info.e_layers))
+        values = (info.tokens, header_bytes, layers, info.codec, created, created, str(info.key))
+        self._change(
+            "UPDATE chunks SET tokens = ?, header_bytes = ?, e_layers = ?, codec = ?, created = ?, used = ?"
+            " WHERE key = ?",
+            *values,
+        )
+
+    def set_used(self, key: ChunkKey, used: int) -> None:
+        """Notes the time of the last use, in ns since the epoch."""
+        self._change("UPDATE chunks SET used = ? WHERE key = ?", used, str(key))
+
+    def set_pinned(self, key: ChunkKey, pinned: bool) -> bool:
+        """Pins or unpins `key`; whether it is there."""
+        return bool(self._change("UPDATE chunks SET pinned = ? WHERE key = ? RETURNING 1", pinned, str(key)))
+
+    def remove(self, key: ChunkKey) -> bool:
+        """Forgets `key`; whether it was there."""
+        return bool(self._change("DELETE FROM chunks WHERE key = ? RETURNING 1", str(key)))
+
+    def sources(self) -> dict[SourceId, TierUsage]:
+        """Chunks and bytes per source model."""
+        rows = self._ask("SELECT source, sum(chunks), sum(nbytes) FROM totals GROUP BY source")
+        return {SourceId(source): TierUsage(chunks, nbytes) for source, chunks, nbytes in rows if chunks}
+
+    def usage(self) -> TierUsage:
+        """Chunks and bytes of all that is readable."""
+        chunks, nbytes = self._ask("SELECT total(chunks), total(nbytes) FROM totals")[0]
+        return TierUsage(int(chunks), int(nbytes))
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Starts with no chunks; whoever is admitted again inside keeps its pin and its place."""
+        columns = "key, queue, place, hits, pinned, created, used"
+        self._change(
+            "CREATE TEMP TABLE remembered (key TEXT PRIMARY KEY, queue, place, hits, pinned, created, used)"
+        )
+        self._change(f"INSERT INTO remembered SELECT {columns} FROM chunks")
+        self._change("DELETE FROM chunks")
+        yield
+        # A file that no row speaks of stands where its age puts it.
+        self._change("UPDATE chunks SET place = created")
+        self._change(_REMEMBERED)
+        self._change("DROP TABLE remembered")
+
+    # --- writes under way ---
+
+    def begin_write(self, write: PendingWrite) -> None:
+        """Notes an intent and reserves its bytes."""
+        values = (write.temp, str(write.key), write.nbytes, write.writer)
+        self._change("INSERT INTO writes VALUES (?, ?, ?, ?)", *values)
+
+    def end_write(self, write: PendingWrite) -> None:
+        """Drops the intent."""
+        self._change("DELETE FROM writes WHERE temp = ?", write.temp)
+
+    def writes(self) -> list[PendingWrite]:
+        """All intents, of all processes."""
+        rows = self._change("SELECT temp, key, nbytes, writer FROM writes")
+        return [PendingWrite(temp, ChunkKey.parse(key), size, writer) for temp, key, size, writer in rows]
+
+    def committed(self) -> int:
+        """Bytes that will be held when all writes under way have replaced what they replace."""
+        return int(self._change(_COMMITTED)[0][0])
+
+    def close(self) -> None:
+        """Closes both connections. Calling it twice is fine."""
+        with self._writing, self._reading:
+            self._reader.close()
+            self._writer.close()
+
+    # --- SQLite ---
+
+    def _rows(self, keys: Collection[str]) -> dict[str, _Row]:
+        marks = ",".join("?" * len(keys))
+        columns = "key, tokens, nbytes, e_layers, codec, header_bytes"
+        rows = self._ask(f"SELECT {columns} FROM chunks WHERE key IN ({marks})", *keys)
+        return {row[0]: row for row in rows}
+
+    def _ask(self, sql: str, *values: Any) -> list[Any]:
+        with self._reading, self._guarded():
+            return self._reader.execute(sql, values).fetchall()
+
+    def _change(self, sql: str, *values: Any) -> list[Any]:
+        with self._writing, self._guarded():
+            return self._writer.execute(sql, values).fetchall()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if _damaged(error) and _inode(self._path) == self._inode:
+                _move_aside(self._path)
+            raise TierUnavailable(f"{self._path}: {error}") from error
+
+
+def _entry(row: tuple[str, int, str, int, int]) -> Entry:
+    key, nbytes, queue, hits, pinned = row
+    return Entry(ChunkKey.parse(key), nbytes, queue, hits, bool(pinned))
+
+
+def _info(key: ChunkKey, row: _Row) -> ChunkInfo:
+    return ChunkInfo(key, row[1], row[2], _layers(row[3]), row[4])
+
+
+@lru_cache
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = NORMAL",
+        f"cache_size = -{_CACHE_KIB}",
+        f"journal_size_limit = {_WAL_LIMIT}",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _open_read_only(path: Path) -> sqlite3.Connection:
+    # With no WAL beside it the file is whole, and `immutable` spares SQLite its side files.
+    live = Path(f"{path}-wal").exists()
+    for options in ("mode=ro", "mode=ro&immutable=1") if live else ("mode=ro&immutable=1",):
+        uri = f"{path.absolute().as_uri()}?{options}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        with suppress(sqlite3.OperationalError):
+            if _version(connection) == VERSION:
+                return connection
+        connection.close()
+    raise sqlite3.OperationalError("no catalog of this version; open the folder once for writing")
+
+
+def _usable(path: Path) -> bool:
+    """Whether there is a catalog; one that cannot be used is moved aside."""
+    if not path.exists():
+        return False
+    try:
+        with closing(_open(path)) as connection:
+            version = _version(connection)
+            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        if not _damaged(error):
+            raise
+        version, tables = -1, 1
+    if version != VERSION and tables:
+        _move_aside(path)
+    return version == VERSION
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _damaged(error: sqlite3.Error) -> bool:
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGED
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def _move_aside(path: Path) -> None:
+    aside = path.with_suffix(".broken")
+    os.replace(path, aside)
+    for suffix in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.replace(f"{path}{suffix}", f"{aside}{suffix}")

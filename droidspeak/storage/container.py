@@ -1,0 +1,406 @@
+"""The chunk container: K, V and E of one chunk as one object that any safetensors reader opens.
+
+Bytes of the object:
+
+    u64 length N | JSON header, padded with blanks to N | E slots | K0 V0 K1 V1 ... of the layers
+
+E comes first and layers are contiguous, so "E of layer s" and "layers a..b" are one range each.
+Tensors are token-major: `k`, `v` are `[tokens, kv_heads, head_dim]`, `e` is `[tokens, hidden]`.
+A coded slot is a safetensors `U8` vector; its codec, dtype and shape stand in the metadata.
+
+The header's `__metadata__` repeats the chunk key (a renamed or swapped object is caught), holds an
+xxh3-64 of each slot's stored bytes, and opens with a digest of the rest of the header.
+
+Format: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+import xxhash
+
+from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, UsageError
+from droidspeak.storage.codecs import as_bytes, get_codec
+from droidspeak.storage.keys import ChunkKey
+
+__all__ = ["Chunk", "ChunkHeader", "Slot", "SlotKind", "SlotRecord", "checksum", "coalesce", "place"]
+
+FORMAT = "droidspeak-chunk-1"
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+_ALIGNMENT = 64
+_OPENING = b'{"__metadata__":{"digest":"'
+_DIGEST_WIDTH = 16
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class SlotKind(StrEnum):
+    """What a slot holds: keys (after RoPE), values, or the layer's input."""
+
+    K = "k"
+    V = "v"
+    E = "e"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of a chunk: its kind and layer."""
+
+    kind: SlotKind
+    layer: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind.value}.{self.layer}"
+
+    @property
+    def order(self) -> tuple[bool, int, bool]:
+        """Sorts slots as they lie in the object: E first, then K and V layer by layer."""
+        return (self.kind is not SlotKind.E, self.layer, self.kind is SlotKind.V)
+
+    @classmethod
+    def parse(cls, name: str) -> Slot:
+        kind, _, layer = name.partition(".")
+        return cls(SlotKind(kind), int(layer))
+
+    @classmethod
+    def kv(cls, layers: Iterable[int]) -> list[Slot]:
+        """K and V of `layers`, in the object's order."""
+        return [cls(kind, layer) for layer in sorted(layers) for kind in (SlotKind.K, SlotKind.V)]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """One row of a header.
+
+    Attributes:
+        slot: which tensor.
+        dtype, shape: of the decoded tensor.
+        codec: name of the codec of the stored bytes.
+        start, end: stored bytes, counted from the end of the header.
+        checksum: xxh3-64 of the stored bytes.
+    """
+
+    slot: Slot
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    codec: str
+    start: int
+    end: int
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class ChunkHeader:
+    """What a chunk holds and where. `nbytes` and `data_start` are in bytes of the whole object."""
+
+    key: ChunkKey
+    tokens: int
+    records: Mapping[Slot, SlotRecord]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The object's first bytes: length, JSON, padding."""
+        checksums = {slot.name: f"{record.checksum:016x}" for slot, record in self.records.items()}
+        coded = {
+            slot.name: [record.codec, _DTYPE_NAMES[record.dtype], list(record.shape)]
+            for slot, record in self.records.items()
+            if record.codec != "raw"
+        }
+        metadata = {
+            "digest": "0" * _DIGEST_WIDTH,
+            "format": FORMAT,
+            "key": str(self.key),
+            "tokens": str(self.tokens),
+            "checksums": _compact(checksums),
+            "coded": _compact(coded),
+            "labels": _compact(dict(sorted(self.labels.items()))),
+        }
+        table = {slot.name: _table_row(record) for slot, record in self.records.items()}
+        body = _compact({"__metadata__": metadata, **table}).encode()
+        body += b" " * (-(len(body) + 8) % _ALIGNMENT)
+        rest = body[len(_OPENING) + _DIGEST_WIDTH :]
+        return struct.pack("<Q", len(body)) + _OPENING + _header_digest(rest) + rest
+
+    @property
+    def data_start(self) -> int:
+        return len(self.encoded)
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.data_start + max((record.end for record in self.records.values()), default=0)
+
+    @cached_property
+    def e_layers(self) -> tuple[int, ...]:
+        return tuple(slot.layer for slot in self.records if slot.kind is SlotKind.E)
+
+    @cached_property
+    def kv_layers(self) -> tuple[int, ...]:
+        return tuple(slot.layer for slot in self.records if slot.kind is SlotKind.K)
+
+    @property
+    def codec(self) -> str:
+        return next(iter(self.records.values())).codec if self.records else "raw"
+
+    def select(self, slots: Iterable[Slot] | None) -> list[SlotRecord]:
+        """Records of `slots` (all when `None`) in the object's order. Raises `ChunkIncomplete`."""
+        if slots is None:
+            return list(self.records.values())
+        wanted = sorted(set(slots), key=lambda slot: slot.order)
+        missing = [slot.name for slot in wanted if slot not in self.records]
+        if missing:
+            raise ChunkIncomplete(f"chunk {self.key} lacks {', '.join(missing)}")
+        return [self.records[slot] for slot in wanted]
+
+    def expect(self, key: ChunkKey, nbytes: int | None = None) -> ChunkHeader:
+        """Itself, if it is the header of `key` in an object of `nbytes`. Raises `ChunkCorrupt`."""
+        if self.key != key:
+            raise ChunkCorrupt(f"object of {key} holds chunk {self.key}")
+        if nbytes is not None and nbytes != self.nbytes:
+            raise ChunkCorrupt(f"chunk {key}: {nbytes} bytes instead of {self.nbytes}")
+        return self
+
+    @staticmethod
+    def length(first_bytes: bytes) -> int:
+        """Bytes of the whole header, from the object's first 8. Raises `ChunkCorrupt`."""
+        if len(first_bytes) < 8:
+            raise ChunkCorrupt(f"object of {len(first_bytes)} bytes is no chunk")
+        size = int(struct.unpack_from("<Q", first_bytes)[0])
+        if not len(_OPENING) + _DIGEST_WIDTH < size <= MAX_HEADER_BYTES:
+            raise ChunkCorrupt(f"header length {size} is not believable")
+        return 8 + size
+
+    @classmethod
+    def parse(cls, data: bytes) -> ChunkHeader:
+        """The header in `data` (exactly its bytes). Raises `ChunkCorrupt` for anything else."""
+        body = data[8:]
+        if len(data) != cls.length(data) or not body.startswith(_OPENING):
+            raise ChunkCorrupt("header is cut short or not of this format")
+        rest = body[len(_OPENING) + _DIGEST_WIDTH :]
+        if _header_digest(rest) != body[len(_OPENING) : len(_OPENING) + _DIGEST_WIDTH]:
+            raise ChunkCorrupt("header differs from its digest")
+        try:
+            return cls._from_table(json.loads(body), data)
+        except (KeyError, ValueError, TypeError, IndexError, UsageError) as error:
+            raise ChunkCorrupt(f"header cannot be read: {error}") from None
+
+    @classmethod
+    def _from_table(cls, table: dict[str, Any], data: bytes) -> ChunkHeader:
+        metadata = table.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise ChunkCorrupt(f"format {metadata['format']!r}; readable: {FORMAT}")
+        checksums, coded = json.loads(metadata["checksums"]), json.loads(metadata["coded"])
+        records = {}
+        for name, row in table.items():
+            record = _record(name, row, int(checksums[name], 16), coded.get(name))
+            records[record.slot] = record
+        _check_layout(records.values())
+        key, labels = ChunkKey.parse(metadata["key"]), json.loads(metadata["labels"])
+        header = cls(key, int(metadata["tokens"]), records, labels)
+        header.__dict__["encoded"] = data
+        return header
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _header_digest(rest: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(rest).encode()
+
+
+def _table_row(record: SlotRecord) -> dict[str, Any]:
+    raw = record.codec == "raw"
+    return {
+        "dtype": _DTYPE_NAMES[record.dtype] if raw else "U8",
+        "shape": list(record.shape) if raw else [record.nbytes],
+        "data_offsets": [record.start, record.end],
+    }
+
+
+def _record(name: str, row: dict[str, Any], checksum: int, coded: list[Any] | None) -> SlotRecord:
+    codec, dtype, shape = coded if coded else ("raw", row["dtype"], row["shape"])
+    start, end = row["data_offsets"]
+    return SlotRecord(Slot.parse(name), _DTYPES[dtype], tuple(shape), codec, start, end, checksum)
+
+
+def _check_layout(records: Iterable[SlotRecord]) -> None:
+    position = 0
+    for record in records:
+        raw_bytes = math.prod(record.shape) * record.dtype.itemsize
+        if record.start != position or record.end < position or min(record.shape, default=0) < 0:
+            raise ValueError(f"{record.slot.name} lies at {record.start}..{record.end}, not from {position}")
+        if record.codec == "raw" and record.nbytes != raw_bytes:
+            raise ValueError(f"{record.slot.name} has {record.nbytes} bytes, its shape needs {raw_bytes}")
+        position = record.end
+
+
+def coalesce(records: Iterable[SlotRecord], limit: int) -> Iterator[list[SlotRecord]]:
+    """Groups neighbouring records into ranges of at most `limit` bytes (or one record)."""
+    group: list[SlotRecord] = []
+    for record in records:
+        if group and (record.start != group[-1].end or record.end - group[0].start > limit):
+            yield group
+            group = []
+        group.append(record)
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk, or some of its slots, in memory.
+
+    Attributes:
+        header: of the whole chunk.
+        payload: stored (coded) bytes by slot, flat `uint8` tensors. Treated as immutable.
+    """
+
+    header: ChunkHeader
+    payload: Mapping[Slot, torch.Tensor]
+
+    @classmethod
+    def encode(
+        cls,
+        key: ChunkKey,
+        tensors: Mapping[Slot, torch.Tensor],
+        *,
+        codec: str = "raw",
+        labels: Mapping[str, str] | None = None,
+    ) -> Chunk:
+        """A complete chunk from token-major CPU tensors; `raw` keeps views of them, not copies.
+
+        Raises:
+            UsageError: no tensors, or tensors that disagree about the number of tokens.
+        """
+        tokens = {tensor.shape[0] for tensor in tensors.values()}
+        if len(tokens) != 1:
+            raise UsageError(f"chunk {key}: tensors of {sorted(tokens)} tokens; one number is allowed")
+        coder = get_codec(codec)
+        records, payload, position = {}, {}, 0
+        for slot in sorted(tensors, key=lambda slot: slot.order):
+            tensor = tensors[slot].contiguous()
+            stored = coder.encode(tensor)
+            end = position + stored.numel()
+            shape = tuple(tensor.shape)
+            records[slot] = SlotRecord(slot, tensor.dtype, shape, codec, position, end, checksum(stored))
+            payload[slot], position = stored, end
+        return cls(ChunkHeader(key, tokens.pop(), records, labels or {}), payload)
+
+    @property
+    def key(self) -> ChunkKey:
+        return self.header.key
+
+    @property
+    def complete(self) -> bool:
+        return len(self.payload) == len(self.header.records)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored slots that are here."""
+        return sum(stored.numel() for stored in self.payload.values())
+
+    def tensor(self, slot: Slot, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoded tensor of `slot`: a view if raw and `out` is not given, else in `out`.
+
+        Raises:
+            ChunkIncomplete: the slot is not here.
+            ChunkCorrupt: `out` or the stored bytes do not fit the header.
+        """
+        if slot not in self.payload:
+            raise ChunkIncomplete(f"chunk {self.key} is here without {slot.name}")
+        record, stored = self.header.records[slot], self.payload[slot]
+        if out is None:
+            if record.codec == "raw":
+                return stored.view(record.dtype).view(record.shape)
+            out = torch.empty(record.shape, dtype=record.dtype)
+        if out.dtype != record.dtype or tuple(out.shape) != record.shape:
+            raise ChunkCorrupt(
+                f"{slot.name} is {record.dtype} {record.shape}, not {out.dtype} {tuple(out.shape)}"
+            )
+        get_codec(record.codec).decode(stored, out)
+        return out
+
+    def buffers(self) -> list[memoryview]:
+        """The whole object as a list of buffers, for one gathered write. Raises `ChunkIncomplete`."""
+        absent = [slot.name for slot in self.header.records if slot not in self.payload]
+        if absent:
+            raise ChunkIncomplete(f"chunk {self.key} is here without {', '.join(absent)}")
+        stored = (self.payload[slot] for slot in self.header.records)
+        return [memoryview(self.header.encoded), *map(_view, stored)]
+
+    def to_bytes(self) -> bytes:
+        """The whole object. Raises `ChunkIncomplete`."""
+        return b"".join(self.buffers())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key: ChunkKey) -> Chunk:
+        """The chunk `key` in `data`, every slot checked. Raises `ChunkCorrupt`."""
+        header = ChunkHeader.parse(data[: ChunkHeader.length(data)]).expect(key, len(data))
+        arena = torch.frombuffer(bytearray(data), dtype=torch.uint8)[header.data_start :]
+        payload = {slot: arena[record.start : record.end] for slot, record in header.records.items()}
+        return cls(header, payload).verify()
+
+    def verify(self, slots: Iterable[Slot] | None = None) -> Chunk:
+        """Itself, if the stored bytes match their checksums. Raises `ChunkCorrupt`."""
+        for slot in self.payload if slots is None else slots:
+            if checksum(self.payload[slot]) != self.header.records[slot].checksum:
+                raise ChunkCorrupt(f"chunk {self.key}: {slot.name} differs from its checksum")
+        return self
+
+
+def place(
+    records: Iterable[SlotRecord], into: Mapping[Slot, torch.Tensor] | None = None
+) -> dict[Slot, torch.Tensor]:
+    """Memory to read `records` into: the tensors of `into` where the bytes can land there as they
+    are (raw, same size, contiguous, on the CPU), slices of one fresh arena for the rest."""
+    wanted = list(records)
+    here = {r.slot: as_bytes(t) for r in wanted if (t := _target(r, into)) is not None}
+    arena = torch.empty(sum(r.nbytes for r in wanted if r.slot not in here), dtype=torch.uint8)
+    position = 0
+    placed = {}
+    for record in wanted:
+        if record.slot in here:
+            placed[record.slot] = here[record.slot]
+            continue
+        placed[record.slot] = arena[position : position + record.nbytes]
+        position += record.nbytes
+    return placed
+
+
+def _target(record: SlotRecord, into: Mapping[Slot, torch.Tensor] | None) -> torch.Tensor | None:
+    tensor = into.get(record.slot) if into else None
+    if tensor is None or record.codec != "raw" or tensor.device.type != "cpu":
+        return None
+    fits = tensor.is_contiguous() and tensor.dtype == record.dtype and tuple(tensor.shape) == record.shape
+    return tensor if fits else None
+
+
+def checksum(stored: torch.Tensor) -> int:
+    """xxh3-64 of a flat `uint8` CPU tensor."""
+    return xxhash.xxh3_64_intdigest(_view(stored))
+
+
+def _view(stored: torch.Tensor) -> memoryview:
+    return stored.numpy().data

@@ -1,0 +1,406 @@
+"""The disk tier: one file per chunk, and a catalog over them.
+
+    root/chunks/<source>/<shard>/<pp>/<pp>/<prefix>.safetensors    pp: the prefix's first two bytes
+    root/catalog.sqlite        index, see `droidspeak.storage.catalog`; made anew from the files if lost
+    root/writers/              one locked file per process that has the folder open for writing
+    root/quarantine/           the newest corrupt files
+
+Life of a write:
+
+    reserve    one transaction: the intent is noted, victims leave, and the room is this write's
+    fill       the temp file beside its final place gets all bytes in one gathered write
+    publish    one transaction: rename, row, intent dropped
+
+Files get and lose their names only inside a transaction of the catalog, so processes that share the
+folder see one order of events, and the capacity holds over all of them. A process that is killed
+leaves at most its intents; whoever opens the folder next finds its `writers/` file unlocked and
+settles them. The folder must be on a local file system: SQLite's WAL and `flock` are of one host.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, StorageError, TierFull, TierUnavailable
+from droidspeak.storage.catalog import Catalog, PendingWrite
+from droidspeak.storage.chunkfile import (
+    HeaderCache,
+    WriterMark,
+    locked_folder,
+    opened,
+    read_header,
+    read_slots,
+    write_file,
+)
+from droidspeak.storage.container import Chunk, Slot
+from droidspeak.storage.eviction import EvictionPolicy, get_eviction
+from droidspeak.storage.keys import ChunkKey, SourceId
+from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+
+__all__ = ["DiskTier"]
+
+_HEADER_GUESS = 16 * 1024
+_HEADERS_CACHED = 512
+_TOUCHES_HELD = 256
+_TOUCH_SECONDS = 5.0
+_QUARANTINED = 16
+_TEMP = re.compile(r"\.[0-9a-f]{64}\.([0-9]+-[0-9a-f]+)\.[0-9]+\.tmp")
+
+
+class DiskTier(Tier):
+    """Chunks in a folder. Several processes may use one folder at once.
+
+    Nothing is synced: after a power loss a torn file is caught by its checksums, and files whose rows
+    were lost are found again by `rebuild`. Uses are noted in memory and reach the catalog within
+    `_TOUCH_SECONDS` of traffic, before an eviction and on `close`; the uses of a chunk within that
+    time count as one, so a layer-by-layer load is one use.
+
+    Args:
+        root: the folder; made if missing.
+        capacity: bytes of all chunk files; `None` leaves only the floor below.
+        min_free: bytes of the file system that stay free.
+        eviction: a policy or the name of one.
+        read_only: opens what is there and writes nothing, for a read-only medium.
+
+    Raises:
+        TierUnavailable: the folder cannot be made, read or written; the message names it.
+    """
+
+    best_read = 2 << 20
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        capacity: int | None = None,
+        min_free: int = 1 << 30,
+        eviction: EvictionPolicy | str = "lru",
+        read_only: bool = False,
+        name: str = "disk",
+    ) -> None:
+        self.name = name
+        self.root = Path(root)
+        self.read_only = read_only
+        self._capacity = capacity
+        self._min_free = min_free
+        self._policy = get_eviction(eviction) if isinstance(eviction, str) else eviction
+        self._headers = HeaderCache(_HEADERS_CACHED)
+        self._touched: dict[ChunkKey, int] = {}
+        self._touching = threading.Lock()
+        self._flushed = time.monotonic()
+        self._serial = count()
+        self._mark: WriterMark | None = None
+        if read_only:
+            self._catalog = Catalog(self.root / "catalog.sqlite", read_only=True)
+        else:
+            self._open()
+
+    def path(self, key: ChunkKey) -> Path:
+        """Where the file of `key` is, or would be."""
+        prefix = key.prefix
+        folder = self.root / "chunks" / key.source / key.shard / prefix[:2] / prefix[2:4]
+        return folder / f"{prefix}.safetensors"
+
+    # --- questions ---
+
+    def head(self, key: ChunkKey) -> ChunkInfo | None:
+        row = self._catalog.find(key)
+        return row.info if row else None
+
+    def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
+        return self._catalog.leading(keys)
+
+    def keys(self) -> Iterator[ChunkKey]:
+        return self._catalog.keys()
+
+    def usage(self) -> TierUsage:
+        held = self._catalog.usage()
+        return TierUsage(held.chunks, held.nbytes, self._capacity)
+
+    def sources(self) -> dict[SourceId, TierUsage]:
+        """Chunks and bytes per source model; costs the same however many chunks there are."""
+        return self._catalog.sources()
+
+    # --- reading ---
+
+    def read(
+        self,
+        key: ChunkKey,
+        slots: Collection[Slot] | None = None,
+        into: Mapping[Slot, torch.Tensor] | None = None,
+    ) -> Chunk | None:
+        row = self._catalog.find(key)
+        if row is None:
+            return None
+        path = self.path(key)
+        with _named(path):
+            try:
+                with opened(path) as file:
+                    header = self._headers.get(file, key, row.header_bytes)
+                    chunk = read_slots(file, header, header.select(slots), into, self.best_read)
+            except FileNotFoundError:
+                self._forget(key)
+                return None
+        self._touch(key)
+        return chunk
+
+    def _forget(self, key: ChunkKey) -> None:
+        if self.read_only:
+            return
+        # The answer is a miss, also when that cannot be noted.
+        with suppress(TierUnavailable), self._catalog.transaction():
+            # Another process may have written it since; under the transaction nobody can.
+            if not self.path(key).exists():
+                self._catalog.remove(key)
+
+    def _touch(self, key: ChunkKey) -> None:
+        if self.read_only:
+            return
+        with self._touching:
+            self._touched.pop(key, None)
+            self._touched[key] = time.time_ns()
+            late = time.monotonic() - self._flushed > _TOUCH_SECONDS
+            due = late or len(self._touched) >= _TOUCHES_HELD
+        if due:
+            # The read has succeeded; that its use could not be noted is no failure of it.
+            with suppress(TierUnavailable):
+                self.flush()
+
+    def flush(self) -> None:
+        """Brings the uses noted so far into the catalog."""
+        if self._touched:
+            with self._catalog.transaction():
+                self._apply_touches()
+
+    def _apply_touches(self) -> None:
+        with self._touching:
+            touched, self._touched = self._touched, {}
+            self._flushed = time.monotonic()
+        for key, used in touched.items():
+            self._policy.touch(self._catalog, key)
+            self._catalog.set_used(key, used)
+
+    # --- writing ---
+
+    def write(self, chunk: Chunk) -> None:
+        mark = self._writable()
+        if not chunk.complete:
+            raise ChunkIncomplete(f"chunk {chunk.key} has {len(chunk.payload)} of its slots")
+        final, size = self.path(chunk.key), chunk.header.nbytes
+        temp = final.with_name(f".{chunk.key.prefix}.{mark.writer}.{next(self._serial)}.tmp")
+        write = PendingWrite(str(temp.relative_to(self.root)), chunk.key, size, mark.writer)
+        with _named(final):
+            self._reserve(write)
+            try:
+                write_file(temp, chunk.buffers())
+                self._publish(write, ChunkInfo.of(chunk), chunk.header.data_start)
+            except BaseException:
+                self._abandon(write)
+                raise
+
+    def _reserve(self, write: PendingWrite) -> None:
+        if self._capacity is not None and write.nbytes > self._capacity:
+            raise TierFull(f"{self.name}: a chunk of {write.nbytes} bytes, the capacity is {self._capacity}")
+        with self._catalog.transaction():
+            self._catalog.begin_write(write)
+            self._make_room(write.nbytes)
+
+    def _make_room(self, size: int) -> None:
+        if self._shortage(size, 0) <= 0:
+            return
+        self._settle()
+        self._apply_touches()
+        victims: list[ChunkKey] = []
+        freed = 0
+        while self._shortage(size, freed) > 0:
+            victim = self._policy.victim(self._catalog)
+            if victim is None:
+                raise TierFull(self._why_full(size))
+            self._catalog.remove(victim.key)
+            victims.append(victim.key)
+            freed += victim.nbytes
+        # Files leave last: when the room cannot be made, nobody has left for nothing.
+        for key in victims:
+            self.path(key).unlink(missing_ok=True)
+
+    def _shortage(self, size: int, freed: int) -> int:
+        floor = size + self._min_free - shutil.disk_usage(self.root).free - freed
+        if self._capacity is None:
+            return floor
+        return max(floor, self._catalog.committed() - self._capacity)
+
+    def _why_full(self, size: int) -> str:
+        free = shutil.disk_usage(self.root).free
+        return (
+            f"{self.name}: no room for a chunk of {size} bytes in {self.root}: {self._catalog.nbytes()} bytes"
+            f" pinned of a capacity of {self._capacity}; {free} bytes free, {self._min_free} to stay free"
+        )
+
+    def _publish(self, write: PendingWrite, info: ChunkInfo, header_bytes: int) -> None:
+        with self._catalog.transaction():
+            os.replace(self.root / write.temp, self.path(write.key))
+            self._record(info, header_bytes, time.time_ns())
+            self._catalog.end_write(write)
+
+    def _record(self, info: ChunkInfo, header_bytes: int, created: int) -> None:
+        before = self._catalog.get(info.key)
+        self._policy.admit(self._catalog, info.key, info.nbytes)
+        self._catalog.describe(info, header_bytes, created)
+        if before and before.pinned:
+            self._catalog.set_pinned(info.key, True)
+
+    def _abandon(self, write: PendingWrite) -> None:
+        with suppress(OSError):
+            (self.root / write.temp).unlink(missing_ok=True)
+        # If the catalog cannot be written now, whoever opens the folder after this process settles it.
+        with suppress(OSError, StorageError), self._catalog.transaction():
+            self._settle_write(write)
+
+    # --- management ---
+
+    def delete(self, key: ChunkKey) -> bool:
+        self._writable()
+        with self._catalog.transaction(), _named(self.path(key)):
+            self.path(key).unlink(missing_ok=True)
+            return self._catalog.remove(key)
+
+    def pin(self, key: ChunkKey) -> bool:
+        return self._set_pinned(key, True)
+
+    def unpin(self, key: ChunkKey) -> bool:
+        return self._set_pinned(key, False)
+
+    def _set_pinned(self, key: ChunkKey, pinned: bool) -> bool:
+        if self.read_only:
+            return self.head(key) is not None
+        with self._catalog.transaction():
+            return self._catalog.set_pinned(key, pinned)
+
+    def quarantine(self, key: ChunkKey) -> None:
+        """Moves the file to `root/quarantine`, which keeps the newest 16."""
+        self._writable()
+        with self._catalog.transaction(), _named(self.root / "quarantine"):
+            self._catalog.remove(key)
+            self._quarantine(self.path(key), str(key).replace("/", "-"))
+
+    def _quarantine(self, path: Path, label: str) -> None:
+        folder = self.root / "quarantine"
+        folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(path, folder / f"{time.time_ns()}-{label}.safetensors")
+        for old in sorted(folder.iterdir())[:-_QUARANTINED]:
+            old.unlink(missing_ok=True)
+
+    def rebuild(self) -> TierUsage:
+        """Makes the catalog anew from the files and says what they are.
+
+        Every header is read; payloads are not. Files that are no sound chunk are quarantined, pins and
+        the order of use are kept. Other processes' writes wait for it and may time out.
+        """
+        self._writable()
+        with self._catalog.transaction():
+            self._scan()
+        return self.usage()
+
+    def close(self) -> None:
+        if self._mark:
+            with suppress(TierUnavailable):
+                self.flush()
+            self._mark.release()
+            self._mark = None
+        self._catalog.close()
+
+    def _writable(self) -> WriterMark:
+        if self._mark is None:
+            state = "opened read-only" if self.read_only else "closed"
+            raise TierUnavailable(f"{self.root}: the tier is {state}")
+        return self._mark
+
+    # --- opening and settling ---
+
+    def _open(self) -> None:
+        with _named(self.root), ExitStack() as undo:
+            (self.root / "writers").mkdir(parents=True, exist_ok=True)
+            with locked_folder(self.root):
+                self._catalog = Catalog(self.root / "catalog.sqlite")
+                undo.callback(self._catalog.close)
+                with self._catalog.transaction():
+                    if self._catalog.fresh:
+                        self._scan()
+                    self._settle()
+                    self._mark = WriterMark(self.root / "writers")
+            undo.pop_all()
+
+    def _settle(self) -> None:
+        """Ends the writes of processes that are gone. Inside a transaction."""
+        writes = self._catalog.writes()
+        folder = self.root / "writers"
+        for writer in {write.writer for write in writes} | set(os.listdir(folder)):
+            if not WriterMark.alive(folder, writer):
+                for write in writes:
+                    if write.writer == writer:
+                        self._settle_write(write)
+                (folder / writer).unlink(missing_ok=True)
+
+    def _settle_write(self, write: PendingWrite) -> None:
+        temp, final = self.root / write.temp, self.path(write.key)
+        if temp.exists():
+            temp.unlink()
+        elif final.exists():
+            self._adopt(write.key, final)
+        self._catalog.end_write(write)
+
+    def _scan(self) -> None:
+        with self._catalog.renewed():
+            for folder, _, names in os.walk(self.root / "chunks"):
+                for name in names:
+                    self._sort_in(Path(folder, name))
+
+    def _sort_in(self, path: Path) -> None:
+        if temp := _TEMP.fullmatch(path.name):
+            if not WriterMark.alive(self.root / "writers", temp[1]):
+                path.unlink(missing_ok=True)
+            return
+        key = self._key_at(path)
+        if key is None or not self._adopt(key, path):
+            self._quarantine(path, path.stem)
+
+    def _key_at(self, path: Path) -> ChunkKey | None:
+        with suppress(ValueError):
+            source, shard, *_ = path.relative_to(self.root / "chunks").parts
+            key = ChunkKey(SourceId(source), shard, path.stem)
+            if path == self.path(key):
+                return key
+        return None
+
+    def _adopt(self, key: ChunkKey, path: Path) -> bool:
+        """Records the file as `key` if it is that chunk, by header and length; whether it is."""
+        try:
+            with opened(path) as file:
+                header = read_header(file, key, _HEADER_GUESS)
+                created = os.fstat(file).st_mtime_ns
+        except (ChunkCorrupt, OSError):
+            return False
+        info = ChunkInfo(key, header.tokens, header.nbytes, header.e_layers, header.codec)
+        self._record(info, header.data_start, created)
+        return True
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise TierUnavailable(f"{path}: {error.strerror or error}") from error

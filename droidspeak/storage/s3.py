@@ -1,0 +1,378 @@
+"""The S3 tier: one object per chunk in a bucket, layers by range requests.
+
+    <prefix>/chunks/<source>/<shard>/<prefix hash>.safetensors
+
+The object's user metadata (`tokens`, `header-bytes`, `e-layers`, `codec`) lets one HEAD request answer
+`head`. A read is a HEAD (not if the chunk's header is cached), one GET of exactly the header, and one GET
+for each coalesced range of the slots asked for. Every GET names the version that the HEAD saw (If-Match):
+parts of an object that is replaced in between are never mixed, and one that is gone is a miss.
+
+Any S3-compatible endpoint serves that knows range and conditional requests. Credentials come from
+boto3's usual chain: environment, shared files, instance role.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from droidspeak.errors import (
+    ChunkCorrupt,
+    ConfigError,
+    MissingExtra,
+    TierTimeout,
+    TierUnavailable,
+    UsageError,
+)
+from droidspeak.storage.container import Chunk, ChunkHeader, Slot, SlotRecord, coalesce, place
+from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+__all__ = ["S3Tier"]
+
+_SUFFIX = ".safetensors"
+_CACHED_HEADERS = 1024
+_ABSENT = {"404", "NoSuchKey", "NotFound", "412", "PreconditionFailed"}
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class _Gone(Exception):
+    """The version that was asked for is not there, or no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """What a HEAD request says of an object."""
+
+    etag: str
+    nbytes: int
+    metadata: Mapping[str, str]
+
+
+class S3Tier(Tier):
+    """Chunks in an S3 bucket. It sets no bound: lifetimes are the bucket's own lifecycle rules.
+
+    Args:
+        bucket: must exist.
+        prefix: folder inside the bucket.
+        endpoint: URL of an S3-compatible service; AWS if not given.
+        region: of the bucket; boto3's default if not given.
+        timeout: seconds to connect, and seconds of silence, before an attempt is given up.
+        attempts: tries of each request, the first one included; boto3 waits up to a second or two
+            between them.
+        concurrency: requests at a time.
+
+    Raises:
+        MissingExtra: boto3 is not installed.
+        ConfigError: boto3 refuses the endpoint, the region or the profile of its chain.
+    """
+
+    best_read = 8 << 20
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint: str | None = None,
+        region: str | None = None,
+        timeout: float = 5.0,
+        attempts: int = 3,
+        concurrency: int = 16,
+        name: str = "s3",
+    ) -> None:
+        self.name = name
+        self._bucket = bucket
+        self._folder = f"{prefix.strip('/')}/chunks/".lstrip("/")
+        self._where = f"S3 bucket {bucket!r} at {endpoint or 'AWS'}"
+        self._concurrency = concurrency
+        self._attempts = attempts
+        self._client = _connect(endpoint, region, timeout, attempts, concurrency)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=f"droidspeak-{name}")
+        self._headers = _Headers(_CACHED_HEADERS)
+
+    def head(self, key: ChunkKey) -> ChunkInfo | None:
+        try:
+            with self._errors():
+                return self._info(key)
+        except _Gone:
+            return None
+
+    def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
+        """As `Tier.leading`, by concurrent HEAD requests in growing batches."""
+        found: list[ChunkInfo] = []
+        batch = 4
+        while len(found) < len(keys):
+            asked = keys[len(found) : len(found) + batch]
+            for info in self._all(self._sound, asked):
+                if info is None:
+                    return found
+                found.append(info)
+            batch = min(2 * batch, 4 * self._concurrency)
+        return found
+
+    def read(
+        self,
+        key: ChunkKey,
+        slots: Collection[Slot] | None = None,
+        into: Mapping[Slot, torch.Tensor] | None = None,
+    ) -> Chunk | None:
+        # Once more for an object that has been replaced since its header was cached.
+        for _attempt in range(2):
+            try:
+                with self._errors():
+                    return self._read(key, slots, into)
+            except _Gone:
+                self._headers.forget(key)
+        return None
+
+    def write(self, chunk: Chunk) -> None:
+        header = chunk.header
+        metadata = {
+            "tokens": str(header.tokens),
+            "header-bytes": str(header.data_start),
+            "e-layers": ",".join(map(str, header.e_layers)),
+            "codec": header.codec,
+        }
+        body = chunk.to_bytes()
+        with self._errors():
+            self._client.put_object(
+                Bucket=self._bucket, Key=self._path(chunk.key), Body=body, Metadata=metadata
+            )
+
+    def delete(self, key: ChunkKey) -> bool:
+        try:
+            with self._errors():
+                self._version(key)
+        except _Gone:
+            return False
+        self.quarantine(key)
+        return True
+
+    def quarantine(self, key: ChunkKey) -> None:
+        self._headers.forget(key)
+        with self._errors():
+            self._client.delete_object(Bucket=self._bucket, Key=self._path(key))
+
+    def keys(self) -> Iterator[ChunkKey]:
+        return (key for key, _ in self._objects())
+
+    def usage(self) -> TierUsage:
+        """By listing the bucket: one request for each thousand objects."""
+        sizes = [nbytes for _, nbytes in self._objects()]
+        return TierUsage(len(sizes), sum(sizes))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._client.close()
+
+    # Requests
+
+    def _sound(self, key: ChunkKey) -> ChunkInfo | None:
+        """As `head`; a corrupt object is a gap, so that it does not hide the chunks before it."""
+        try:
+            return self.head(key)
+        except ChunkCorrupt:
+            return None
+
+    def _info(self, key: ChunkKey) -> ChunkInfo:
+        version = self._version(key)
+        try:
+            tokens = int(version.metadata["tokens"])
+            e_layers = tuple(int(layer) for layer in version.metadata["e-layers"].split(",") if layer)
+            codec = version.metadata["codec"]
+        except (KeyError, ValueError):
+            # Copied here by a tool that drops user metadata.
+            header = self._fetch_header(key, version)
+            tokens, e_layers, codec = header.tokens, header.e_layers, header.codec
+        return ChunkInfo(key, tokens, version.nbytes, e_layers, codec)
+
+    def _version(self, key: ChunkKey) -> _Version:
+        answer = self._client.head_object(Bucket=self._bucket, Key=self._path(key))
+        return _Version(answer["ETag"], answer["ContentLength"], answer["Metadata"])
+
+    def _read(
+        self,
+        key: ChunkKey,
+        slots: Collection[Slot] | None,
+        into: Mapping[Slot, torch.Tensor] | None,
+    ) -> Chunk:
+        etag, header = self._headers.get(key) or self._find_header(key)
+        records = header.select(slots)
+        placed = place(records, into)
+
+        def fetch(group: list[SlotRecord]) -> None:
+            start, end = header.data_start + group[0].start, header.data_start + group[-1].end
+            self._get(key, etag, start, end, [placed[record.slot].numpy().data for record in group])
+
+        self._all(fetch, coalesce(records, self.best_read))
+        return Chunk(header, placed).verify()
+
+    def _find_header(self, key: ChunkKey) -> tuple[str, ChunkHeader]:
+        version = self._version(key)
+        header = self._fetch_header(key, version)
+        self._headers.remember(key, version.etag, header)
+        return version.etag, header
+
+    def _fetch_header(self, key: ChunkKey, version: _Version) -> ChunkHeader:
+        length = version.metadata.get("header-bytes", "")
+        if not length.isdecimal():
+            length = str(ChunkHeader.length(self._get_bytes(key, version, 8)))
+        return ChunkHeader.parse(self._get_bytes(key, version, int(length))).expect(key, version.nbytes)
+
+    def _get_bytes(self, key: ChunkKey, version: _Version, count: int) -> bytes:
+        if version.nbytes < count:
+            raise ChunkCorrupt(f"object of {key} ends after {version.nbytes} of {count} bytes")
+        data = bytearray(count)
+        self._get(key, version.etag, 0, count, [memoryview(data)])
+        return bytes(data)
+
+    def _get(self, key: ChunkKey, etag: str, start: int, end: int, targets: Collection[memoryview]) -> None:
+        """Fills `targets`, one after the other, with bytes `start`..`end` of the object."""
+        from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+
+        for attempt in range(self._attempts if start < end else 0):
+            try:
+                return self._get_once(key, etag, start, end, targets)
+            except (IncompleteReadError, ResponseStreamingError):
+                # boto3 repeats requests, not bodies that break off.
+                if attempt == self._attempts - 1:
+                    raise
+        return None
+
+    def _get_once(
+        self, key: ChunkKey, etag: str, start: int, end: int, targets: Collection[memoryview]
+    ) -> None:
+        answer = self._client.get_object(
+            Bucket=self._bucket, Key=self._path(key), Range=f"bytes={start}-{end - 1}", IfMatch=etag
+        )
+        with closing(answer["Body"]) as body:
+            if answer["ContentLength"] != end - start:
+                raise ChunkCorrupt(f"object of {key}: {answer['ContentLength']} bytes, not {end - start}")
+            for target in targets:
+                _fill(target, body)
+
+    def _objects(self) -> Iterator[tuple[ChunkKey, int]]:
+        """Keys and sizes in bytes; whatever else lies in the folder is passed over."""
+        with self._errors():
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._folder):
+                for row in page.get("Contents", []):
+                    if key := self._key(row["Key"]):
+                        yield key, row["Size"]
+
+    def _path(self, key: ChunkKey) -> str:
+        return f"{self._folder}{key}{_SUFFIX}"
+
+    def _key(self, path: str) -> ChunkKey | None:
+        try:
+            return ChunkKey.parse(path.removeprefix(self._folder).removesuffix(_SUFFIX))
+        except UsageError:
+            return None
+
+    def _all(self, call: Callable[[T], U], items: Iterable[T]) -> list[U]:
+        """`call` of each item, concurrently. On an error, too, no call is still under way afterwards."""
+        todo = list(items)
+        if len(todo) == 1:
+            return [call(todo[0])]
+        try:
+            futures = [self._pool.submit(call, item) for item in todo]
+        except RuntimeError as error:
+            raise TierUnavailable(f"tier {self.name}: {error}") from None
+        wait(futures)
+        return [future.result() for future in futures]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turns what boto3 raises into the error tree, in one line, and absence into `_Gone`."""
+        from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except (ConnectTimeoutError, ReadTimeoutError) as error:
+            raise TierTimeout(f"{self._where}: {_one_line(error)}") from error
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code in _ABSENT:
+                raise _Gone from error
+            raise TierUnavailable(f"{self._where}: {_one_line(error)}") from error
+        except (BotoCoreError, HTTPError) as error:
+            raise TierUnavailable(f"{self._where}: {_one_line(error)}") from error
+
+
+class _Headers:
+    """The headers read last, each with the version (ETag) it was read from."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: OrderedDict[ChunkKey, tuple[str, ChunkHeader]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: ChunkKey) -> tuple[str, ChunkHeader] | None:
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
+
+    def remember(self, key: ChunkKey, etag: str, header: ChunkHeader) -> None:
+        with self._lock:
+            self._held[key] = etag, header
+            self._held.move_to_end(key)
+            while len(self._held) > self._limit:
+                self._held.popitem(last=False)
+
+    def forget(self, key: ChunkKey) -> None:
+        with self._lock:
+            self._held.pop(key, None)
+
+
+def _connect(
+    endpoint: str | None, region: str | None, timeout: float, attempts: int, concurrency: int
+) -> S3Client:
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        raise MissingExtra("S3 tier", "s3") from None
+    config = Config(
+        connect_timeout=timeout,
+        read_timeout=timeout,
+        retries={"total_max_attempts": attempts, "mode": "standard"},
+        max_pool_connections=concurrency,
+        # Chunks carry their own checksums, and not every S3-compatible service knows AWS's trailers.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    # A session of its own: boto3's default session may not be shared between threads.
+    try:
+        session = boto3.session.Session()
+        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"S3 at {endpoint or 'AWS'}: {_one_line(error)}") from None
+
+
+def _fill(target: memoryview, body: Any) -> None:
+    filled = 0
+    while filled < len(target):
+        count = body.readinto(target[filled:])
+        if not count:
+            raise TierUnavailable(f"S3 answer ends {len(target) - filled} bytes early")
+        filled += count
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

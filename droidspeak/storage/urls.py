@@ -1,0 +1,280 @@
+"""Tiers by URL or mapping: what stands in configuration files, environment and command lines.
+
+    cpu://?capacity=8GiB&eviction=lru
+    gpu://0?capacity=2GiB
+    disk:///var/cache/droidspeak?capacity=200GiB&min_free=1GiB&eviction=s3-fifo
+    disk://~/.cache/droidspeak
+    s3://bucket/prefix?endpoint=http://127.0.0.1:9000&region=us-east-1
+
+The mapping form has the same options and `type` for the scheme; what a URL says before the `?` is
+`device` (gpu), `path` (disk), `bucket` and `prefix` (s3):
+
+    {"type": "disk", "path": "/var/cache/droidspeak", "capacity": "200GiB"}
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from droidspeak.errors import ConfigError
+from droidspeak.storage.eviction import EvictionPolicy, get_eviction
+from droidspeak.storage.tier import Tier
+
+__all__ = ["open_tier", "parse_size"]
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)")
+_SWITCH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def open_tier(description: str | Mapping[str, Any]) -> Tier:
+    """The tier that a URL or a mapping describes.
+
+    Raises:
+        ConfigError: an unknown scheme or option, or a value that is not allowed; one line.
+        MissingExtra: the tier's optional part is not installed.
+        TierUnavailable: the tier cannot be opened.
+    """
+    options = _from_url(description) if isinstance(description, str) else dict(description)
+    scheme = options.pop("type", None)
+    if not isinstance(scheme, str) or scheme not in _SCHEMES:
+        allowed = ", ".join(f"{known}://" for known in _SCHEMES)
+        raise ConfigError(f"unknown tier {scheme!r} in {_shown(description)}; allowed: {allowed}")
+    return _SCHEMES[scheme].open(options, _shown(description))
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes of `"8GiB"`, `"1.5 MB"`, `"4096"` or a number of bytes. Raises `ConfigError`."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if not match or match[2] not in _UNITS:
+        raise ConfigError(
+            f"not a size: {value!r}; allowed is a number with {', '.join(filter(None, _UNITS))}"
+        )
+    return (
+        math.floor(float(match[1]) * _UNITS[match[2]])
+        if "." in match[1]
+        else int(match[1]) * _UNITS[match[2]]
+    )
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How one kind of tier is described and opened.
+
+    Attributes:
+        build: makes the tier from its options.
+        place: reads a URL's authority and path into options.
+        parsers: how the value of each option is read; other options are refused.
+        required: options that have no default.
+    """
+
+    build: Callable[..., Tier]
+    place: Callable[[SplitResult], dict[str, str]]
+    parsers: Mapping[str, Callable[[Any], Any]]
+    required: frozenset[str] = field(default=frozenset())
+
+    def open(self, options: Mapping[str, Any], shown: str) -> Tier:
+        unknown = sorted(map(str, options.keys() - self.parsers.keys()))
+        if unknown:
+            raise ConfigError(
+                f"{shown}: unknown option {', '.join(unknown)}; allowed: {', '.join(self.parsers)}"
+            )
+        absent = sorted(self.required - options.keys())
+        if absent:
+            raise ConfigError(f"{shown}: {', '.join(absent)} is missing")
+        return self.build(**{name: self._parse(name, value, shown) for name, value in options.items()})
+
+    def _parse(self, name: str, value: Any, shown: str) -> Any:
+        try:
+            return self.parsers[name](value)
+        except ConfigError as error:
+            raise ConfigError(f"{shown}: {name}: {error}") from None
+
+
+def _from_url(url: str) -> dict[str, Any]:
+    try:
+        parts = urlsplit(url)
+        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError as error:
+        raise ConfigError(f"not a tier URL: {_shown(url)} ({error})") from None
+    options = dict(pairs)
+    if len(options) < len(pairs) or parts.fragment or "@" in parts.netloc:
+        raise ConfigError(f"{_shown(url)}: allowed are a place and options, each once, and no credentials")
+    if "type" in options:
+        raise ConfigError(f"{_shown(url)}: the scheme is the type")
+    place = _SCHEMES[parts.scheme].place(parts) if parts.scheme in _SCHEMES else {}
+    twice = sorted(place.keys() & options.keys())
+    if twice:
+        raise ConfigError(f"{_shown(url)}: {', '.join(twice)} stands before the ? already")
+    return {"type": parts.scheme, **place, **options}
+
+
+def _shown(description: str | Mapping[str, Any]) -> str:
+    """The description as errors show it: without what may be a secret."""
+    if isinstance(description, str):
+        return repr(re.sub(r"//[^/?#]*@", "//...@", description))
+    return f"tier {description.get('type')!r}"
+
+
+# Values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"not a text: {value!r}")
+    return value
+
+
+def _positive_size(value: Any) -> int:
+    size = parse_size(value)
+    if size == 0:
+        raise ConfigError("allowed are sizes above 0")
+    return size
+
+
+def _count(value: Any) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"not a number above 0: {value!r}")
+    return int(text)
+
+
+def _index(value: Any) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not text.isdecimal():
+        raise ConfigError(f"not a device number: {value!r}")
+    return int(text)
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, bool) or not 0 < seconds < math.inf:
+        raise ConfigError(f"not a number of seconds above 0: {value!r}")
+    return seconds
+
+
+def _switch(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value not in _SWITCH:
+        raise ConfigError(f"{value!r}; allowed: true, false")
+    return _SWITCH[value]
+
+
+def _eviction(value: Any) -> EvictionPolicy:
+    return get_eviction(_text(value))
+
+
+def _folder(value: Any) -> Path:
+    try:
+        path = Path(value).expanduser()
+    except (TypeError, RuntimeError) as error:  # RuntimeError: a home that cannot be found
+        raise ConfigError(f"not a folder: {value!r} ({error})") from None
+    if not path.is_absolute():
+        raise ConfigError(f"relative path {str(value)!r}; allowed are /absolute/path and ~/path")
+    return path
+
+
+def _web_address(value: Any) -> str:
+    text = _text(value)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
+        raise ConfigError("not an endpoint; allowed are http://host:port and https://host")
+    return text
+
+
+# Places
+
+
+def _no_place(parts: SplitResult) -> dict[str, str]:
+    if parts.netloc or parts.path.strip("/"):
+        raise ConfigError(f"{parts.scheme}:// names no place, but it says {parts.netloc + parts.path!r}")
+    return {}
+
+
+def _gpu_place(parts: SplitResult) -> dict[str, str]:
+    if parts.path.strip("/"):
+        raise ConfigError(f"gpu:// names a device, as in gpu://0, not {parts.netloc + parts.path!r}")
+    return {"device": parts.netloc} if parts.netloc else {}
+
+
+def _disk_place(parts: SplitResult) -> dict[str, str]:
+    path = unquote(parts.netloc + parts.path)
+    return {"path": path} if path else {}
+
+
+def _s3_place(parts: SplitResult) -> dict[str, str]:
+    prefix = unquote(parts.path).strip("/")
+    place = {"bucket": parts.netloc} if parts.netloc else {}
+    return {**place, "prefix": prefix} if prefix else place
+
+
+# Tiers, imported where they are opened
+
+
+def _open_cpu(*, capacity: int = 4 << 30, **options: Any) -> Tier:
+    from droidspeak.storage.memory import MemoryTier
+
+    return MemoryTier(capacity, **options)
+
+
+def _open_gpu(*, capacity: int = 1 << 30, device: int = 0, **options: Any) -> Tier:
+    from droidspeak.storage.memory import MemoryTier
+
+    return MemoryTier(capacity, device=f"cuda:{device}", **options)
+
+
+def _open_disk(*, path: Path, **options: Any) -> Tier:
+    from droidspeak.storage.disk import DiskTier
+
+    return DiskTier(path, **options)
+
+
+def _open_s3(*, bucket: str, **options: Any) -> Tier:
+    from droidspeak.storage.s3 import S3Tier
+
+    return S3Tier(bucket, **options)
+
+
+_MEMORY = {"capacity": _positive_size, "eviction": _eviction, "name": _text}
+_SCHEMES = {
+    "cpu": _Scheme(_open_cpu, _no_place, _MEMORY),
+    "gpu": _Scheme(_open_gpu, _gpu_place, {"device": _index, **_MEMORY}),
+    "disk": _Scheme(
+        _open_disk,
+        _disk_place,
+        {"path": _folder, **_MEMORY, "min_free": parse_size, "read_only": _switch},
+        frozenset({"path"}),
+    ),
+    "s3": _Scheme(
+        _open_s3,
+        _s3_place,
+        {
+            "bucket": _text,
+            "prefix": _text,
+            "endpoint": _web_address,
+            "region": _text,
+            "timeout": _seconds,
+            "attempts": _count,
+            "concurrency": _count,
+            "name": _text,
+        },
+        frozenset({"bucket"}),
+    ),
+}

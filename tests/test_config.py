@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from droidspeak.config import load_settings, open_store
+from droidspeak.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("DROIDSPEAK_CONFIG", "DROIDSPEAK_TIERS", "DROIDSPEAK_CODEC", "DROIDSPEAK_CHUNK_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_works_without_configuration(tmp_path):
+    with open_store(load_settings()) as store:
+        assert [tier.name for tier in store.tiers] == ["cpu", "disk"]
+    assert (tmp_path / "cache" / "droidspeak" / "store").is_dir()
+
+
+def test_later_sources_win(monkeypatch, tmp_path):
+    file = tmp_path / "droidspeak.yaml"
+    file.write_text("chunk_size: 64\ncodec: zstd\nquality_floor: 0.5\n")
+    monkeypatch.setenv("DROIDSPEAK_CONFIG", str(file))
+    monkeypatch.setenv("DROIDSPEAK_CHUNK_SIZE", "128")
+    settings = load_settings(overrides={"quality_floor": 0.9, "salt": None})
+    assert (settings.chunk_size, settings.codec, settings.quality_floor) == (128, "zstd", 0.9)
+    monkeypatch.delenv("DROIDSPEAK_CONFIG")
+    settings = load_settings(file)
+    assert (settings.chunk_size, settings.codec, settings.quality_floor) == (128, "zstd", 0.5)
+
+
+def test_tiers_in_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("DROIDSPEAK_TIERS", f"cpu://?capacity=1MiB disk://{tmp_path}/store")
+    with open_store(load_settings()) as store:
+        assert [tier.name for tier in store.tiers] == ["cpu", "disk"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"chunk_sise": 64}, "unknown configuration key 'chunk_sise'; allowed: "),
+        ({"chunk_size": 100}, "powers of two from 16"),
+        ({"chunk_size": "many"}, "'chunk_size'"),
+        ({"codec": "gzip"}, "allowed: raw, zstd"),
+        ({"quality_floor": 2}, "'quality_floor'"),
+        ({"tiers": []}, "'tiers'"),
+        ({"write_queue": "1 parsec"}, "1 parsec"),
+        ({"limits": {"disk": {"read_deadlin": 1}}}, "read_deadlin"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(overrides, says):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(overrides=overrides)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "says"), [("a: [", "is not YAML"), ("- 1", "must be a mapping")])
+def test_bad_files(tmp_path, content, says):
+    file = tmp_path / "droidspeak.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        load_settings(file)
+    with pytest.raises(ConfigError, match="No such file"):
+        load_settings(tmp_path / "none.yaml")

@@ -1,0 +1,193 @@
+"""The walls of the house: who may import whom, what is exported, and the tree of errors."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import droidspeak
+from droidspeak import errors
+
+PACKAGE = Path(droidspeak.__file__).parent
+
+# What each part may import of the others. `errors` and `prompts` lie under the ground floor.
+GROUND = {"errors", "prompts"}
+MAY_IMPORT = {
+    "errors": set(),
+    "prompts": {"errors"},
+    "storage": GROUND,
+    "layerselect": GROUND,
+    "connector": GROUND | {"storage", "layerselect"},
+    "config": GROUND | {"storage", "layerselect", "connector"},
+    "integrations": GROUND | {"storage", "layerselect", "connector", "config"},
+}
+# The command line is the front of the house: it opens every door. The doors do not know each other.
+DOORS = {"transformers", "vllm_connector", "lmcache_plugin", "server"}
+
+EXPORTS = {
+    "droidspeak": ["DroidSpeakError", "__version__"],
+    "droidspeak.layerselect": [
+        "Action",
+        "FrontierPoint",
+        "Group",
+        "Plan",
+        "Policy",
+        "PolicySet",
+        "Requirement",
+        "choose",
+    ],
+    "droidspeak.connector": [
+        "Connector",
+        "ConnectorOptions",
+        "LayerStream",
+        "Match",
+        "Outcome",
+        "Reason",
+        "SaveSession",
+        "Status",
+    ],
+    "droidspeak.storage": [
+        "DEFAULT_CHUNK_SIZE",
+        "Architecture",
+        "Chunk",
+        "ChunkHeader",
+        "ChunkInfo",
+        "ChunkKey",
+        "Codec",
+        "Counters",
+        "Limits",
+        "Mismatch",
+        "PrefixHasher",
+        "Slot",
+        "SlotKind",
+        "SourceId",
+        "SourceManifest",
+        "Tier",
+        "TierUsage",
+        "TieredStore",
+        "WriteBackOptions",
+        "cache_folder",
+        "require_compatible",
+    ],
+    "droidspeak.integrations.transformers": [
+        "Decoder",
+        "DroidSpeak",
+        "Generation",
+        "Prefix",
+        "PrefixKV",
+        "capture",
+        "manifest_of",
+        "partial_prefill",
+        "past_key_values",
+    ],
+}
+
+TREE = {
+    "DroidSpeakError": ("Exception",),
+    "UsageError": ("DroidSpeakError", "ValueError"),
+    "ConfigError": ("UsageError",),
+    "PromptError": ("UsageError",),
+    "MissingExtra": ("UsageError", "ImportError"),
+    "IdentityError": ("DroidSpeakError", "ValueError"),
+    "UnknownIdentity": ("IdentityError",),
+    "Incompatible": ("IdentityError",),
+    "StorageError": ("DroidSpeakError",),
+    "ChunkCorrupt": ("StorageError", "ValueError"),
+    "ChunkIncomplete": ("StorageError", "LookupError"),
+    "TierUnavailable": ("StorageError", "OSError"),
+    "TierTimeout": ("StorageError", "TimeoutError"),
+    "TierFull": ("StorageError",),
+    "LoadFailed": ("DroidSpeakError",),
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of the droidspeak modules that `path` imports anywhere in its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("droidspeak.")}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_run_downwards(path):
+    part = part_of(path)
+    if part in ("__init__", "__main__"):
+        return
+    used = {name.split(".")[1] for name in imports(path)}
+    used &= {part_of(module) for module in modules()}
+    assert used - {part} <= MAY_IMPORT[part]
+
+
+def test_no_door_stands_on_another():
+    for path in (PACKAGE / "integrations").rglob("*.py"):
+        door = path.relative_to(PACKAGE / "integrations").parts[0]
+        if door not in DOORS:
+            continue
+        doors = {name.split(".")[2] for name in imports(path) if name.startswith("droidspeak.integrations.")}
+        assert doors & DOORS <= {door}, path
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exported_names(name):
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == sorted(EXPORTS[name])
+    assert all(hasattr(module, exported) for exported in module.__all__)
+
+
+def test_error_tree():
+    classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert {name: tuple(base.__name__ for base in cls.__bases__) for name, cls in classes.items()} == TREE
+    assert sorted(errors.__all__) == sorted(TREE)
+    assert all(name in (errors.__doc__ or "") for name in TREE)
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("droidspeak.storage", ["transformers", "boto3", "lmcache", "vllm"]),
+        ("droidspeak.layerselect", ["torch", "transformers"]),
+        ("droidspeak.connector", ["transformers", "boto3"]),
+        ("droidspeak.integrations.transformers", ["lmcache", "vllm"]),
+    ],
+)
+def test_optional_parts_are_not_imported(module, forbidden):
+    code = f"import {module}, sys; print([name for name in {forbidden!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_root_links_show_the_parts():
+    root = PACKAGE.parent
+    for part in ("connector", "storage", "layerselect", "integrations"):
+        assert (root / part).is_symlink()
+        assert (root / part).resolve() == (PACKAGE / part).resolve()
+
+
+def test_modules_and_functions_stay_small():
+    for path in modules():
+        text = path.read_text()
+        assert text.count("\n") <= 500, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
