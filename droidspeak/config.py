@@ -25,7 +25,7 @@ from pydantic_settings import (
 from droidspeak.connector import ConnectorOptions
 from droidspeak.errors import ConfigError, UsageError
 from droidspeak.storage import DEFAULT_CHUNK_SIZE, Limits, TieredStore, WriteBackOptions, cache_folder
-from droidspeak.storage.urls import open_tier, parse_size
+from droidspeak.storage.urls import open_tier_late, parse_size
 
 __all__ = ["Settings", "load_settings", "open_store"]
 
@@ -138,10 +138,14 @@ def load_settings(file: Path | str | None = None, overrides: Mapping[str, Any] |
 
 
 def open_store(settings: Settings) -> TieredStore:
-    """The store that `settings` describe. Raises `ConfigError`, or `TierUnavailable` for a bad folder."""
+    """The store that `settings` describe; a tier that cannot be opened yet is tried again when used.
+
+    Raises:
+        ConfigError, MissingExtra: a tier that is described wrongly, or whose extra is missing.
+    """
     limits = {name: Limits(**limit.model_dump()) for name, limit in settings.limits.items()}
     return TieredStore(
-        [open_tier(tier) for tier in settings.tiers],
+        [open_tier_late(tier) for tier in settings.tiers],
         limits=limits,
         promote=settings.promote,
         write_back=WriteBackOptions(capacity=parse_size(settings.write_queue)),

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from droidspeak.config import load_settings, open_store
-from droidspeak.errors import ConfigError
+from droidspeak.errors import ConfigError, StorageError
+from droidspeak.storage.testing import make_chunk
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,24 @@ def test_tiers_in_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("DROIDSPEAK_TIERS", f"cpu://?capacity=1MiB disk://{tmp_path}/store")
     with open_store(load_settings()) as store:
         assert [tier.name for tier in store.tiers] == ["cpu", "disk"]
+
+
+def test_a_folder_that_cannot_be_used_does_not_keep_the_process_from_starting(tmp_path, caplog):
+    place = tmp_path / "store"
+    place.write_text("a file where a folder should be")
+    settings = load_settings(
+        overrides={"tiers": [f"disk://{place}"], "limits": {"disk": {"cooldown": 0.01, "max_cooldown": 0.02}}}
+    )
+    chunk = make_chunk(seed=1)
+    with open_store(settings) as store:
+        with pytest.raises(StorageError):
+            store.leading([chunk.key])
+        assert [record.message.count(str(place)) for record in caplog.records] == [1]
+        place.unlink()
+        time.sleep(0.1)
+        store.write(chunk)
+        store.flush()
+        assert store.read(chunk.key) is not None
 
 
 @pytest.mark.parametrize(

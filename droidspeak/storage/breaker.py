@@ -2,6 +2,9 @@
 
 closed --`threshold` failures in a row--> open --after `cooldown` s, one call is let through-->
 half-open --success--> closed, --failure--> open for twice as long, up to `max_cooldown`.
+
+A tier that fails again within one cooldown of having come back has not come back: the cooldown goes
+on doubling. So a tier that answers lookups and then hangs on every read is tried less and less often.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ __all__ = ["BreakerState", "CircuitBreaker"]
 
 
 class BreakerState(StrEnum):
+    """Whether calls are made: all, none, or one as a probe."""
+
     CLOSED = "closed"
     OPEN = "open"
     HALF_OPEN = "half_open"
@@ -41,13 +46,15 @@ class CircuitBreaker:
         self._failures = 0
         self._cooldown = cooldown
         self._retry_at: float | None = None
+        self._trusted_from = -float("inf")
         self._probing = False
 
     @property
     def state(self) -> BreakerState:
-        if self._retry_at is None:
-            return BreakerState.CLOSED
-        return BreakerState.HALF_OPEN if self._probing else BreakerState.OPEN
+        with self._lock:
+            if self._retry_at is None:
+                return BreakerState.CLOSED
+            return BreakerState.HALF_OPEN if self._probing else BreakerState.OPEN
 
     def allow(self) -> bool:
         """Whether to try. While open, one caller per cooldown gets `True` and is the probe."""
@@ -56,7 +63,7 @@ class CircuitBreaker:
                 return True
             if self._clock() < self._retry_at:
                 return False
-            # The probe holds the door for one cooldown: a probe that never comes back is a failure.
+            # The probe holds the door for one cooldown: one that never reports must not close it for good.
             self._probing = True
             self._retry_at = self._clock() + self._cooldown
             return True
@@ -65,8 +72,9 @@ class CircuitBreaker:
         """The call worked; whether that closed an open breaker."""
         with self._lock:
             recovered = self._retry_at is not None
+            if recovered:
+                self._trusted_from = self._clock() + self._cooldown
             self._failures, self._retry_at, self._probing = 0, None, False
-            self._cooldown = self._first
             return recovered
 
     def fail(self) -> bool:
@@ -76,7 +84,9 @@ class CircuitBreaker:
             was_closed = self._retry_at is None
             if was_closed and self._failures < self._threshold:
                 return False
-            if self._probing:
+            if was_closed and self._clock() >= self._trusted_from:
+                self._cooldown = self._first
+            elif was_closed or self._probing:
                 self._cooldown = min(2 * self._cooldown, self._longest)
             self._retry_at, self._probing = self._clock() + self._cooldown, False
             return was_closed

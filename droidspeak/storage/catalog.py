@@ -15,81 +15,27 @@ go over a second connection and, thanks to WAL, never wait for a change.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from droidspeak.errors import TierUnavailable
+from droidspeak.storage.catalogfile import SCHEMA, damaged, move_aside, open_catalog, open_read_only, usable
 from droidspeak.storage.eviction import Entry, Ledger
 from droidspeak.storage.keys import ChunkKey, SourceId
 from droidspeak.storage.tier import ChunkInfo, TierUsage
 
 __all__ = ["Catalog", "CatalogRow", "PendingWrite"]
 
-VERSION = 1
-_BUSY_SECONDS = 10.0
 _BATCH = 500
 _PAGE = 1000
-_CACHE_KIB = 16 * 1024
-_WAL_LIMIT = 64 << 20
 _Row = tuple[str, int, int, str, str, int]
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
-_SCHEMA = (
-    """CREATE TABLE chunks (
-        key TEXT PRIMARY KEY,
-        nbytes INTEGER NOT NULL,
-        queue TEXT NOT NULL,
-        place INTEGER NOT NULL,
-        hits INTEGER NOT NULL,
-        pinned INTEGER NOT NULL,
-        tokens INTEGER NOT NULL DEFAULT 0,
-        header_bytes INTEGER NOT NULL DEFAULT 0,
-        e_layers TEXT NOT NULL DEFAULT '',
-        codec TEXT NOT NULL DEFAULT 'raw',
-        created INTEGER NOT NULL DEFAULT 0,
-        used INTEGER NOT NULL DEFAULT 0
-    ) WITHOUT ROWID""",
-    "CREATE INDEX eviction ON chunks (queue, place) WHERE pinned = 0",
-    """CREATE TABLE writes (
-        temp TEXT PRIMARY KEY,
-        key TEXT NOT NULL,
-        nbytes INTEGER NOT NULL,
-        writer TEXT NOT NULL
-    ) WITHOUT ROWID""",
-    "CREATE TABLE ghosts (age INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE)",
-    "CREATE TABLE clock (tick INTEGER NOT NULL)",
-    "INSERT INTO clock VALUES (0)",
-    """CREATE TABLE totals (
-        source TEXT,
-        queue TEXT,
-        chunks INTEGER NOT NULL,
-        nbytes INTEGER NOT NULL,
-        PRIMARY KEY (source, queue)
-    ) WITHOUT ROWID""",
-    """CREATE TRIGGER chunk_came AFTER INSERT ON chunks BEGIN
-        INSERT INTO totals VALUES (substr(new.key, 1, 64), new.queue, 1, new.nbytes)
-        ON CONFLICT DO UPDATE SET chunks = chunks + 1, nbytes = nbytes + excluded.nbytes;
-    END""",
-    """CREATE TRIGGER chunk_left AFTER DELETE ON chunks BEGIN
-        UPDATE totals SET chunks = chunks - 1, nbytes = nbytes - old.nbytes
-        WHERE source = substr(old.key, 1, 64) AND queue = old.queue;
-    END""",
-    """CREATE TRIGGER chunk_moved AFTER UPDATE OF queue, nbytes ON chunks
-    WHEN old.queue <> new.queue OR old.nbytes <> new.nbytes BEGIN
-        UPDATE totals SET chunks = chunks - 1, nbytes = nbytes - old.nbytes
-        WHERE source = substr(old.key, 1, 64) AND queue = old.queue;
-        INSERT INTO totals VALUES (substr(new.key, 1, 64), new.queue, 1, new.nbytes)
-        ON CONFLICT DO UPDATE SET chunks = chunks + 1, nbytes = nbytes + excluded.nbytes;
-    END""",
-)
 
 _PUT = """
     INSERT INTO chunks (key, nbytes, queue, place, hits, pinned) VALUES (?, ?, ?, ?, ?, ?)
@@ -146,10 +92,10 @@ class Catalog(Ledger):
         self.fresh = False
         with self._guarded():
             if read_only:
-                self._reader = self._writer = _open_read_only(path)
+                self._reader = self._writer = open_read_only(path)
             else:
-                self.fresh = not _usable(path)
-                self._writer, self._reader = _open(path), _open(path)
+                self.fresh = not usable(path)
+                self._writer, self._reader = open_catalog(path), open_catalog(path)
                 self._inode = path.stat().st_ino
 
     @contextmanager
@@ -162,7 +108,7 @@ class Catalog(Ledger):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 if self.fresh:
-                    for statement in (*_SCHEMA, f"PRAGMA user_version = {VERSION}"):
+                    for statement in SCHEMA:
                         self._writer.execute(statement)
                 yield
                 self._writer.execute("COMMIT")
@@ -170,8 +116,6 @@ class Catalog(Ledger):
             finally:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
-
-    # --- the ledger ---
 
     def get(self, key: ChunkKey) -> Entry | None:
         rows = self._change("SELECT key, nbytes, queue, hits, pinned FROM chunks WHERE key = ?", str(key))
@@ -202,8 +146,6 @@ class Catalog(Ledger):
 
     def forget_ghost(self, key: ChunkKey) -> bool:
         return bool(self._change("DELETE FROM ghosts WHERE key = ? RETURNING 1", str(key)))
-
-    # --- chunks ---
 
     def find(self, key: ChunkKey) -> CatalogRow | None:
         """The row of `key`."""
@@ -280,8 +222,6 @@ class Catalog(Ledger):
         self._change(_REMEMBERED)
         self._change("DROP TABLE remembered")
 
-    # --- writes under way ---
-
     def begin_write(self, write: PendingWrite) -> None:
         """Notes an intent and reserves its bytes."""
         values = (write.temp, str(write.key), write.nbytes, write.writer)
@@ -306,8 +246,6 @@ class Catalog(Ledger):
             self._reader.close()
             self._writer.close()
 
-    # --- SQLite ---
-
     def _rows(self, keys: Collection[str]) -> dict[str, _Row]:
         marks = ",".join("?" * len(keys))
         columns = "key, tokens, nbytes, e_layers, codec, header_bytes"
@@ -327,8 +265,8 @@ class Catalog(Ledger):
         try:
             yield
         except sqlite3.Error as error:
-            if _damaged(error) and _inode(self._path) == self._inode:
-                _move_aside(self._path)
+            if damaged(error) and _inode(self._path) == self._inode:
+                move_aside(self._path)
             raise TierUnavailable(f"{self._path}: {error}") from error
 
 
@@ -346,63 +284,5 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(","))) if text else ()
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    for pragma in (
-        "journal_mode = WAL",
-        "synchronous = NORMAL",
-        f"cache_size = -{_CACHE_KIB}",
-        f"journal_size_limit = {_WAL_LIMIT}",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-    return connection
-
-
-def _open_read_only(path: Path) -> sqlite3.Connection:
-    # With no WAL beside it the file is whole, and `immutable` spares SQLite its side files.
-    live = Path(f"{path}-wal").exists()
-    for options in ("mode=ro", "mode=ro&immutable=1") if live else ("mode=ro&immutable=1",):
-        uri = f"{path.absolute().as_uri()}?{options}"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        with suppress(sqlite3.OperationalError):
-            if _version(connection) == VERSION:
-                return connection
-        connection.close()
-    raise sqlite3.OperationalError("no catalog of this version; open the folder once for writing")
-
-
-def _usable(path: Path) -> bool:
-    """Whether there is a catalog; one that cannot be used is moved aside."""
-    if not path.exists():
-        return False
-    try:
-        with closing(_open(path)) as connection:
-            version = _version(connection)
-            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        if not _damaged(error):
-            raise
-        version, tables = -1, 1
-    if version != VERSION and tables:
-        _move_aside(path)
-    return version == VERSION
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _damaged(error: sqlite3.Error) -> bool:
-    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGED
-
-
 def _inode(path: Path) -> int | None:
     return path.stat().st_ino if path.exists() else None
-
-
-def _move_aside(path: Path) -> None:
-    aside = path.with_suffix(".broken")
-    os.replace(path, aside)
-    for suffix in ("-wal", "-shm"):
-        with suppress(FileNotFoundError):
-            os.replace(f"{path}{suffix}", f"{aside}{suffix}")

@@ -1,28 +1,55 @@
-"""Chunk files: written in one gathered write, read range by range, each range checked while it is hot.
+"""Chunk files: where they lie, how they are written and read, and who is at work in their folder.
 
-Also the mark by which processes that share a folder know who of them is still alive.
+A file is written with one gathered write and read range by range, each range checked while it is hot.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from droidspeak.errors import ChunkCorrupt
+from droidspeak.errors import ChunkCorrupt, StorageError, TierUnavailable
 from droidspeak.storage.container import Chunk, ChunkHeader, Slot, SlotRecord, coalesce, place
-from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.keys import ChunkKey, SourceId
 
-__all__ = ["HeaderCache", "WriterMark", "locked_folder", "opened", "read_header", "read_slots", "write_file"]
+__all__ = [
+    "ChunkFolder",
+    "HeaderCache",
+    "WriterMark",
+    "locked_folder",
+    "named",
+    "opened",
+    "read_header",
+    "read_slots",
+    "write_file",
+]
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
+_QUARANTINED = 16
+_WORTH_HELP = 4
+_TEMP = re.compile(r"\.[0-9a-f]{64}\.([0-9]+-[0-9a-f]+)\.[0-9]+\.tmp")
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Makes the system's errors inside a `TierUnavailable` that names `path`, in one line."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise TierUnavailable(f"{path}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -73,19 +100,53 @@ def read_slots(
     records: Sequence[SlotRecord],
     into: Mapping[Slot, torch.Tensor] | None,
     best_read: int,
+    helper: Executor,
 ) -> Chunk:
     """The chunk with exactly `records`, one scattered read per range of up to `best_read` bytes.
+
+    Args:
+        helper: takes every other range of a long read, if it has a thread to spare.
 
     Raises:
         ChunkCorrupt: bytes are missing or differ from their checksum.
     """
     chunk = Chunk(header, place(records, into))
-    for group in coalesce(records, best_read):
-        buffers = [chunk.payload[record.slot].numpy().data for record in group]
-        _read_into(descriptor, buffers, header.data_start + group[0].start, header.key)
-        # The bytes are still in the processor's cache: now the checksum costs no memory traffic.
-        chunk.verify(record.slot for record in group)
+    groups = deque(coalesce(records, best_read))
+
+    def drain() -> None:
+        while group := _next(groups):
+            _read_group(descriptor, chunk, group)
+
+    helped = _submitted(helper, drain) if len(groups) >= _WORTH_HELP else None
+    try:
+        drain()
+    finally:
+        groups.clear()
+        # The helper must be done with this memory and this descriptor before anybody else is.
+        if helped and not helped.cancel():
+            helped.result()
     return chunk
+
+
+def _submitted(helper: Executor, work: Callable[[], None]) -> Future[None] | None:
+    # A tier that is being closed, or a system out of threads, has no help to give.
+    with suppress(RuntimeError):
+        return helper.submit(work)
+    return None
+
+
+def _next(groups: deque[list[SlotRecord]]) -> list[SlotRecord] | None:
+    try:
+        return groups.popleft()
+    except IndexError:
+        return None
+
+
+def _read_group(descriptor: int, chunk: Chunk, group: list[SlotRecord]) -> None:
+    buffers = [chunk.payload[record.slot].numpy().data for record in group]
+    _read_into(descriptor, buffers, chunk.header.data_start + group[0].start, chunk.key)
+    # The bytes are still in the processor's cache: now the checksum costs no memory traffic.
+    chunk.verify(record.slot for record in group)
 
 
 def _read_into(descriptor: int, buffers: list[memoryview], offset: int, key: ChunkKey) -> None:
@@ -106,10 +167,54 @@ def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
     return []
 
 
+class ChunkFolder:
+    """The layout below a tier's root: which file belongs to which key."""
+
+    def __init__(self, root: Path) -> None:
+        self._chunks = root / "chunks"
+        self._quarantine = root / "quarantine"
+
+    def path(self, key: ChunkKey) -> Path:
+        """Where the file of `key` is, or would be."""
+        prefix = key.prefix
+        return self._chunks / key.source / key.shard / prefix[:2] / prefix[2:4] / f"{prefix}.safetensors"
+
+    def temp(self, key: ChunkKey, writer: str, serial: int) -> Path:
+        """Where `writer` fills its `serial`-th file, beside its final place."""
+        return self.path(key).with_name(f".{key.prefix}.{writer}.{serial}.tmp")
+
+    def files(self) -> Iterator[Path]:
+        """All files, in no order."""
+        for folder, _, names in os.walk(self._chunks):
+            yield from (Path(folder, name) for name in names)
+
+    def key_at(self, path: Path) -> ChunkKey | None:
+        """The key whose file is at `path`, if it is one's."""
+        with suppress(ValueError):
+            source, shard, *_ = path.relative_to(self._chunks).parts
+            key = ChunkKey(SourceId(source), shard, path.stem)
+            return key if path == self.path(key) else None
+        return None
+
+    @staticmethod
+    def writer_at(path: Path) -> str | None:
+        """The writer whose temp file is at `path`, if it is one's."""
+        temp = _TEMP.fullmatch(path.name)
+        return temp[1] if temp else None
+
+    def quarantine(self, path: Path, label: str) -> None:
+        """Moves the file out of sight; the newest 16 of such files are kept."""
+        self._quarantine.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(path, self._quarantine / f"{time.time_ns()}-{label}.safetensors")
+        for old in sorted(self._quarantine.iterdir())[:-_QUARANTINED]:
+            old.unlink(missing_ok=True)
+
+
 class HeaderCache:
     """Parsed headers of the files read last. A file that was replaced or changed is read again."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int = 512) -> None:
         self._size = size
         self._lock = threading.Lock()
         self._headers: OrderedDict[tuple[ChunkKey, int, int, int], ChunkHeader] = OrderedDict()

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from operator import index
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ class ChunkHeader:
             raise ChunkCorrupt("header differs from its digest")
         try:
             return cls._from_table(json.loads(body), data)
-        except (KeyError, ValueError, TypeError, IndexError, UsageError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ChunkCorrupt(f"header cannot be read: {error}") from None
 
     @classmethod
@@ -215,9 +216,12 @@ class ChunkHeader:
         for name, row in table.items():
             record = _record(name, row, int(checksums[name], 16), coded.get(name))
             records[record.slot] = record
-        _check_layout(records.values())
-        key, labels = ChunkKey.parse(metadata["key"]), json.loads(metadata["labels"])
-        header = cls(key, int(metadata["tokens"]), records, labels)
+        key, tokens = ChunkKey.parse(metadata["key"]), int(metadata["tokens"])
+        _check_layout(records.values(), tokens)
+        labels = json.loads(metadata["labels"])
+        if not all(isinstance(value, str) for value in labels.values()):
+            raise ValueError("labels that are not text")
+        header = cls(key, tokens, records, labels)
         header.__dict__["encoded"] = data
         return header
 
@@ -241,16 +245,19 @@ def _table_row(record: SlotRecord) -> dict[str, Any]:
 
 def _record(name: str, row: dict[str, Any], checksum: int, coded: list[Any] | None) -> SlotRecord:
     codec, dtype, shape = coded if coded else ("raw", row["dtype"], row["shape"])
-    start, end = row["data_offsets"]
-    return SlotRecord(Slot.parse(name), _DTYPES[dtype], tuple(shape), codec, start, end, checksum)
+    get_codec(codec)  # who does not know the codec cannot read the chunk
+    shape, (start, end) = tuple(map(index, shape)), map(index, row["data_offsets"])
+    return SlotRecord(Slot.parse(name), _DTYPES[dtype], shape, codec, start, end, checksum)
 
 
-def _check_layout(records: Iterable[SlotRecord]) -> None:
+def _check_layout(records: Iterable[SlotRecord], tokens: int) -> None:
     position = 0
     for record in records:
         raw_bytes = math.prod(record.shape) * record.dtype.itemsize
         if record.start != position or record.end < position or min(record.shape, default=0) < 0:
             raise ValueError(f"{record.slot.name} lies at {record.start}..{record.end}, not from {position}")
+        if record.shape[:1] != (tokens,):
+            raise ValueError(f"{record.slot.name} is {record.shape}, the chunk has {tokens} tokens")
         if record.codec == "raw" and record.nbytes != raw_bytes:
             raise ValueError(f"{record.slot.name} has {record.nbytes} bytes, its shape needs {raw_bytes}")
         position = record.end
@@ -292,8 +299,12 @@ class Chunk:
         """A complete chunk from token-major CPU tensors; `raw` keeps views of them, not copies.
 
         Raises:
-            UsageError: no tensors, or tensors that disagree about the number of tokens.
+            UsageError: no tensors, tensors that disagree about the number of tokens, or a dtype that
+                the format does not know.
         """
+        unknown = {str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in _DTYPE_NAMES}
+        if unknown:
+            raise UsageError(f"chunk {key}: {', '.join(sorted(unknown))}; allowed: {', '.join(_DTYPES)}")
         tokens = {tensor.shape[0] for tensor in tensors.values()}
         if len(tokens) != 1:
             raise UsageError(f"chunk {key}: tensors of {sorted(tokens)} tokens; one number is allowed")
@@ -322,7 +333,7 @@ class Chunk:
         return sum(stored.numel() for stored in self.payload.values())
 
     def tensor(self, slot: Slot, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoded tensor of `slot`: a view if raw and `out` is not given, else in `out`.
+        """The decoded tensor of `slot`: a view if raw, aligned and `out` is not given, else in `out`.
 
         Raises:
             ChunkIncomplete: the slot is not here.
@@ -333,7 +344,8 @@ class Chunk:
         record, stored = self.header.records[slot], self.payload[slot]
         if out is None:
             if record.codec == "raw":
-                return stored.view(record.dtype).view(record.shape)
+                aligned = stored.storage_offset() % record.dtype.itemsize == 0
+                return (stored if aligned else stored.clone()).view(record.dtype).view(record.shape)
             out = torch.empty(record.shape, dtype=record.dtype)
         if out.dtype != record.dtype or tuple(out.shape) != record.shape:
             raise ChunkCorrupt(

@@ -20,12 +20,12 @@ settles them. The folder must be on a local file system: SQLite's WAL and `flock
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 
@@ -34,9 +34,11 @@ import torch
 from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, StorageError, TierFull, TierUnavailable
 from droidspeak.storage.catalog import Catalog, PendingWrite
 from droidspeak.storage.chunkfile import (
+    ChunkFolder,
     HeaderCache,
     WriterMark,
     locked_folder,
+    named,
     opened,
     read_header,
     read_slots,
@@ -49,16 +51,19 @@ from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
 
 __all__ = ["DiskTier"]
 
-_HEADER_GUESS = 16 * 1024
-_HEADERS_CACHED = 512
+_HEADER_GUESS = 16 << 10
 _TOUCHES_HELD = 256
 _TOUCH_SECONDS = 5.0
-_QUARANTINED = 16
-_TEMP = re.compile(r"\.[0-9a-f]{64}\.([0-9]+-[0-9a-f]+)\.[0-9]+\.tmp")
+_CROWD_SECONDS = 5.0
+_CROWD_POLL_SECONDS = 0.002
+
+
+class _Crowded(TierFull):
+    """No room at this moment: it is taken by writes that are under way."""
 
 
 class DiskTier(Tier):
-    """Chunks in a folder. Several processes may use one folder at once.
+    """Chunks in a folder. Several processes may use one folder at once; each opens it after it is forked.
 
     Nothing is synced: after a power loss a torn file is caught by its checksums, and files whose rows
     were lost are found again by `rebuild`. Uses are noted in memory and reach the catalog within
@@ -76,7 +81,8 @@ class DiskTier(Tier):
         TierUnavailable: the folder cannot be made, read or written; the message names it.
     """
 
-    best_read = 2 << 20
+    # A range that has just been read is still in the core's second-level cache when it is checked.
+    best_read = 1 << 20
 
     def __init__(
         self,
@@ -90,15 +96,19 @@ class DiskTier(Tier):
     ) -> None:
         self.name = name
         self.root = Path(root)
+        self._folder = ChunkFolder(self.root)
+        self._writers = self.root / "writers"
         self.read_only = read_only
         self._capacity = capacity
         self._min_free = min_free
         self._policy = get_eviction(eviction) if isinstance(eviction, str) else eviction
-        self._headers = HeaderCache(_HEADERS_CACHED)
+        self._headers = HeaderCache()
+        self._helper = ThreadPoolExecutor(1, f"droidspeak-read-{name}")
         self._touched: dict[ChunkKey, int] = {}
         self._touching = threading.Lock()
         self._flushed = time.monotonic()
         self._serial = count()
+        self._under_way: set[str] = set()
         self._mark: WriterMark | None = None
         if read_only:
             self._catalog = Catalog(self.root / "catalog.sqlite", read_only=True)
@@ -107,11 +117,7 @@ class DiskTier(Tier):
 
     def path(self, key: ChunkKey) -> Path:
         """Where the file of `key` is, or would be."""
-        prefix = key.prefix
-        folder = self.root / "chunks" / key.source / key.shard / prefix[:2] / prefix[2:4]
-        return folder / f"{prefix}.safetensors"
-
-    # --- questions ---
+        return self._folder.path(key)
 
     def head(self, key: ChunkKey) -> ChunkInfo | None:
         row = self._catalog.find(key)
@@ -131,8 +137,6 @@ class DiskTier(Tier):
         """Chunks and bytes per source model; costs the same however many chunks there are."""
         return self._catalog.sources()
 
-    # --- reading ---
-
     def read(
         self,
         key: ChunkKey,
@@ -143,11 +147,11 @@ class DiskTier(Tier):
         if row is None:
             return None
         path = self.path(key)
-        with _named(path):
+        with named(path):
             try:
                 with opened(path) as file:
                     header = self._headers.get(file, key, row.header_bytes)
-                    chunk = read_slots(file, header, header.select(slots), into, self.best_read)
+                    chunk = read_slots(file, header, header.select(slots), into, self.best_read, self._helper)
             except FileNotFoundError:
                 self._forget(key)
                 return None
@@ -190,30 +194,34 @@ class DiskTier(Tier):
             self._policy.touch(self._catalog, key)
             self._catalog.set_used(key, used)
 
-    # --- writing ---
-
     def write(self, chunk: Chunk) -> None:
         mark = self._writable()
         if not chunk.complete:
             raise ChunkIncomplete(f"chunk {chunk.key} has {len(chunk.payload)} of its slots")
-        final, size = self.path(chunk.key), chunk.header.nbytes
-        temp = final.with_name(f".{chunk.key.prefix}.{mark.writer}.{next(self._serial)}.tmp")
-        write = PendingWrite(str(temp.relative_to(self.root)), chunk.key, size, mark.writer)
-        with _named(final):
-            self._reserve(write)
-            try:
-                write_file(temp, chunk.buffers())
-                self._publish(write, ChunkInfo.of(chunk), chunk.header.data_start)
-            except BaseException:
-                self._abandon(write)
-                raise
+        temp = self._folder.temp(chunk.key, mark.writer, next(self._serial)).relative_to(self.root)
+        write = PendingWrite(str(temp), chunk.key, chunk.header.nbytes, mark.writer)
+        self._under_way.add(write.temp)
+        try:
+            with named(self.path(chunk.key)):
+                self._reserve(write)
+                self._fill(write, chunk)
+        finally:
+            self._under_way.discard(write.temp)
 
     def _reserve(self, write: PendingWrite) -> None:
         if self._capacity is not None and write.nbytes > self._capacity:
             raise TierFull(f"{self.name}: a chunk of {write.nbytes} bytes, the capacity is {self._capacity}")
-        with self._catalog.transaction():
-            self._catalog.begin_write(write)
-            self._make_room(write.nbytes)
+        patience = time.monotonic() + _CROWD_SECONDS
+        while True:
+            try:
+                with self._catalog.transaction():
+                    self._catalog.begin_write(write)
+                    return self._make_room(write.nbytes)
+            except _Crowded:
+                # What others are writing now can be evicted as soon as it is there.
+                if time.monotonic() > patience:
+                    raise
+            time.sleep(_CROWD_POLL_SECONDS)
 
     def _make_room(self, size: int) -> None:
         if self._shortage(size, 0) <= 0:
@@ -225,7 +233,8 @@ class DiskTier(Tier):
         while self._shortage(size, freed) > 0:
             victim = self._policy.victim(self._catalog)
             if victim is None:
-                raise TierFull(self._why_full(size))
+                crowded = len(self._catalog.writes()) > 1
+                raise (_Crowded if crowded else TierFull)(self._why_full(size))
             self._catalog.remove(victim.key)
             victims.append(victim.key)
             freed += victim.nbytes
@@ -242,9 +251,18 @@ class DiskTier(Tier):
     def _why_full(self, size: int) -> str:
         free = shutil.disk_usage(self.root).free
         return (
-            f"{self.name}: no room for a chunk of {size} bytes in {self.root}: {self._catalog.nbytes()} bytes"
-            f" pinned of a capacity of {self._capacity}; {free} bytes free, {self._min_free} to stay free"
+            f"{self.name}: no room for a chunk of {size} bytes in {self.root}: of the capacity of"
+            f" {self._capacity} bytes {self._catalog.committed() - size} are pinned or being written;"
+            f" {free} bytes are free, {self._min_free} stay free"
         )
+
+    def _fill(self, write: PendingWrite, chunk: Chunk) -> None:
+        try:
+            write_file(self.root / write.temp, chunk.buffers())
+            self._publish(write, ChunkInfo.of(chunk), chunk.header.data_start)
+        except BaseException:
+            self._abandon(write)
+            raise
 
     def _publish(self, write: PendingWrite, info: ChunkInfo, header_bytes: int) -> None:
         with self._catalog.transaction():
@@ -262,15 +280,13 @@ class DiskTier(Tier):
     def _abandon(self, write: PendingWrite) -> None:
         with suppress(OSError):
             (self.root / write.temp).unlink(missing_ok=True)
-        # If the catalog cannot be written now, whoever opens the folder after this process settles it.
+        # If the catalog cannot be written now (a full disk), a later `_settle` does it.
         with suppress(OSError, StorageError), self._catalog.transaction():
             self._settle_write(write)
 
-    # --- management ---
-
     def delete(self, key: ChunkKey) -> bool:
         self._writable()
-        with self._catalog.transaction(), _named(self.path(key)):
+        with self._catalog.transaction(), named(self.path(key)):
             self.path(key).unlink(missing_ok=True)
             return self._catalog.remove(key)
 
@@ -287,19 +303,11 @@ class DiskTier(Tier):
             return self._catalog.set_pinned(key, pinned)
 
     def quarantine(self, key: ChunkKey) -> None:
-        """Moves the file to `root/quarantine`, which keeps the newest 16."""
+        """Moves the file to `root/quarantine`, which keeps the newest ones."""
         self._writable()
-        with self._catalog.transaction(), _named(self.root / "quarantine"):
+        with self._catalog.transaction(), named(self.root / "quarantine"):
             self._catalog.remove(key)
-            self._quarantine(self.path(key), str(key).replace("/", "-"))
-
-    def _quarantine(self, path: Path, label: str) -> None:
-        folder = self.root / "quarantine"
-        folder.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.replace(path, folder / f"{time.time_ns()}-{label}.safetensors")
-        for old in sorted(folder.iterdir())[:-_QUARANTINED]:
-            old.unlink(missing_ok=True)
+            self._folder.quarantine(self.path(key), str(key).replace("/", "-"))
 
     def rebuild(self) -> TierUsage:
         """Makes the catalog anew from the files and says what they are.
@@ -319,6 +327,7 @@ class DiskTier(Tier):
             self._mark.release()
             self._mark = None
         self._catalog.close()
+        self._helper.shutdown(wait=False)
 
     def _writable(self) -> WriterMark:
         if self._mark is None:
@@ -326,11 +335,9 @@ class DiskTier(Tier):
             raise TierUnavailable(f"{self.root}: the tier is {state}")
         return self._mark
 
-    # --- opening and settling ---
-
     def _open(self) -> None:
-        with _named(self.root), ExitStack() as undo:
-            (self.root / "writers").mkdir(parents=True, exist_ok=True)
+        with named(self.root), ExitStack() as undo:
+            self._writers.mkdir(parents=True, exist_ok=True)
             with locked_folder(self.root):
                 self._catalog = Catalog(self.root / "catalog.sqlite")
                 undo.callback(self._catalog.close)
@@ -338,19 +345,23 @@ class DiskTier(Tier):
                     if self._catalog.fresh:
                         self._scan()
                     self._settle()
-                    self._mark = WriterMark(self.root / "writers")
+                    self._mark = WriterMark(self._writers)
+                    undo.callback(self._mark.release)
             undo.pop_all()
 
     def _settle(self) -> None:
-        """Ends the writes of processes that are gone. Inside a transaction."""
-        writes = self._catalog.writes()
-        folder = self.root / "writers"
-        for writer in {write.writer for write in writes} | set(os.listdir(folder)):
-            if not WriterMark.alive(folder, writer):
-                for write in writes:
-                    if write.writer == writer:
-                        self._settle_write(write)
-                (folder / writer).unlink(missing_ok=True)
+        """Ends what processes that are gone, and failed writes of this one, have left. In a transaction."""
+        for write in self._catalog.writes():
+            if self._is_over(write):
+                self._settle_write(write)
+        for path in self._writers.iterdir():
+            if not WriterMark.alive(self._writers, path.name):
+                path.unlink()
+
+    def _is_over(self, write: PendingWrite) -> bool:
+        if self._mark and write.writer == self._mark.writer:
+            return write.temp not in self._under_way
+        return not WriterMark.alive(self._writers, write.writer)
 
     def _settle_write(self, write: PendingWrite) -> None:
         temp, final = self.root / write.temp, self.path(write.key)
@@ -362,26 +373,17 @@ class DiskTier(Tier):
 
     def _scan(self) -> None:
         with self._catalog.renewed():
-            for folder, _, names in os.walk(self.root / "chunks"):
-                for name in names:
-                    self._sort_in(Path(folder, name))
+            for path in self._folder.files():
+                self._sort_in(path)
 
     def _sort_in(self, path: Path) -> None:
-        if temp := _TEMP.fullmatch(path.name):
-            if not WriterMark.alive(self.root / "writers", temp[1]):
+        if writer := self._folder.writer_at(path):
+            if not WriterMark.alive(self._writers, writer):
                 path.unlink(missing_ok=True)
             return
-        key = self._key_at(path)
+        key = self._folder.key_at(path)
         if key is None or not self._adopt(key, path):
-            self._quarantine(path, path.stem)
-
-    def _key_at(self, path: Path) -> ChunkKey | None:
-        with suppress(ValueError):
-            source, shard, *_ = path.relative_to(self.root / "chunks").parts
-            key = ChunkKey(SourceId(source), shard, path.stem)
-            if path == self.path(key):
-                return key
-        return None
+            self._folder.quarantine(path, path.stem)
 
     def _adopt(self, key: ChunkKey, path: Path) -> bool:
         """Records the file as `key` if it is that chunk, by header and length; whether it is."""
@@ -394,13 +396,3 @@ class DiskTier(Tier):
         info = ChunkInfo(key, header.tokens, header.nbytes, header.e_layers, header.codec)
         self._record(info, header.data_start, created)
         return True
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise TierUnavailable(f"{path}: {error.strerror or error}") from error

@@ -1,47 +1,73 @@
 """The guard around one tier: a deadline for each call, and a breaker that skips a failing tier.
 
-A call runs on one of the guard's own daemon threads, so a hung disk or socket can be left behind
-without holding the request, and without holding the end of the process. Reading and writing have a
-breaker each: a full disk must still be read.
+Calls run on daemon threads (`DeadlineThreads`), so a hung disk or socket is left behind. Reading and
+writing have a breaker each: a full or read-only disk must still be read. Changes of one key take turns,
+also behind one that overstays, so a late write never brings back what was deleted after it.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import islice
+from typing import TypeVar
 
 import torch
 
-from droidspeak.errors import StorageError, TierFull, TierTimeout, TierUnavailable
+from droidspeak.errors import ConfigError, StorageError, TierFull, TierTimeout, TierUnavailable
 from droidspeak.storage.breaker import BreakerState, CircuitBreaker
+from droidspeak.storage.changes import Changes
 from droidspeak.storage.container import Chunk, Slot
+from droidspeak.storage.deadline import DeadlineThreads
 from droidspeak.storage.keys import ChunkKey
 from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
 
 __all__ = ["GuardedTier", "Limits"]
 
 _log = logging.getLogger(__name__)
+_KEYS_AT_ONCE = 1000
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long one call may take, in seconds, and when a failing tier is tried again."""
+    """How long one call may take, in seconds, and when a failing tier is tried again.
+
+    Attributes:
+        read_deadline: of a lookup or a read.
+        write_deadline: of a change, and of a question about the whole tier.
+        threshold: failures in a row after which the tier is skipped.
+        cooldown, max_cooldown: for how long, at first and at most.
+        threads: calls at one time.
+
+    Raises:
+        ConfigError: a number that is not positive.
+    """
 
     read_deadline: float = 5.0
     write_deadline: float = 60.0
     threshold: int = 1
     cooldown: float = 5.0
     max_cooldown: float = 300.0
-    threads: int = 4
+    threads: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ConfigError(f"{name} of {value}; allowed are positive numbers")
 
     def breaker(self) -> CircuitBreaker:
+        """A new breaker of these limits."""
         return CircuitBreaker(self.threshold, self.cooldown, self.max_cooldown)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Reading or writing."""
+
+    name: str
+    breaker: CircuitBreaker
 
 
 class GuardedTier(Tier):
@@ -54,14 +80,21 @@ class GuardedTier(Tier):
         self.tier, self.name = tier, tier.name
         self.in_memory, self.best_read = tier.in_memory, tier.best_read  # type: ignore[misc]
         self._limits = limits or Limits()
-        self._reading, self._writing = self._limits.breaker(), self._limits.breaker()
-        self._threads = None if tier.in_memory else _DaemonThreads(self._limits.threads, tier.name)
+        self._reading = _Side("reading", self._limits.breaker())
+        self._writing = _Side("writing", self._limits.breaker())
+        self._changes = Changes()
+        self._threads = None if tier.in_memory else DeadlineThreads(self._limits.threads, f"tier {tier.name}")
         self._full = False
 
     @property
-    def state(self) -> BreakerState:
-        """Of the reading side."""
-        return self._reading.state
+    def reading(self) -> BreakerState:
+        """Whether the tier is read."""
+        return self._reading.breaker.state
+
+    @property
+    def writing(self) -> BreakerState:
+        """Whether the tier is changed."""
+        return self._writing.breaker.state
 
     def head(self, key: ChunkKey) -> ChunkInfo | None:
         return self._read(lambda: self.tier.head(key))
@@ -75,11 +108,12 @@ class GuardedTier(Tier):
         slots: Collection[Slot] | None = None,
         into: Mapping[Slot, torch.Tensor] | None = None,
     ) -> Chunk | None:
+        """As of the tier; after a `TierTimeout` the late call may still write into `into`."""
         return self._read(lambda: self.tier.read(key, slots, into))
 
     def write(self, chunk: Chunk) -> None:
         try:
-            self._write(lambda: self.tier.write(chunk))
+            self._change(chunk.key, lambda: self.tier.write(chunk))
         except TierFull as error:
             if not self._full:
                 _log.warning("tier %s is full: %s", self.name, error)
@@ -88,104 +122,76 @@ class GuardedTier(Tier):
         self._full = False
 
     def delete(self, key: ChunkKey) -> bool:
-        return self._write(lambda: self.tier.delete(key))
+        return self._change(key, lambda: self.tier.delete(key))
 
     def pin(self, key: ChunkKey) -> bool:
-        return self._write(lambda: self.tier.pin(key))
+        return self._change(key, lambda: self.tier.pin(key))
 
     def unpin(self, key: ChunkKey) -> bool:
-        return self._write(lambda: self.tier.unpin(key))
+        return self._change(key, lambda: self.tier.unpin(key))
 
-    def quarantine(self, key: ChunkKey) -> None:
-        self._write(lambda: self.tier.quarantine(key))
+    def stamp(self, key: ChunkKey) -> int:
+        """See `Changes.stamp`; of the changes made through this guard."""
+        return self._changes.stamp(key)
+
+    def quarantine(self, key: ChunkKey, since: int | None = None) -> None:
+        """As of a tier, unless `key` has changed after the stamp `since`: then this is another object."""
+
+        def unless_changed() -> None:
+            if since is None or since == self._changes.stamp(key):
+                self.tier.quarantine(key)
+
+        self._change(key, unless_changed)
 
     def keys(self) -> Iterator[ChunkKey]:
-        return self.tier.keys()
+        """The deadline is for a thousand keys."""
+        keys = self._question(self.tier.keys)
+        while batch := self._question(lambda: list(islice(keys, _KEYS_AT_ONCE))):
+            yield from batch
 
     def usage(self) -> TierUsage:
-        return self._read(self.tier.usage)
+        return self._question(self.tier.usage)
 
     def close(self) -> None:
-        if self._threads:
-            self._threads.close()
-        self.tier.close()
+        """Closes the tier when its calls have ended; waits for that no longer than a write may take."""
+        if self._threads is None:
+            self.tier.close()
+            return
+        try:
+            self._threads.close(self.tier.close, self._limits.write_deadline)
+        except TierTimeout as error:
+            _log.warning("not closed: %s", error)
 
     def _read(self, call: Callable[[], T]) -> T:
-        return self._run(call, self._reading, self._limits.read_deadline)
+        return self._run(self._reading, call, self._limits.read_deadline)
 
-    def _write(self, call: Callable[[], T]) -> T:
-        return self._run(call, self._writing, self._limits.write_deadline)
+    def _question(self, call: Callable[[], T]) -> T:
+        return self._run(self._reading, call, self._limits.write_deadline)
 
-    def _run(self, call: Callable[[], T], breaker: CircuitBreaker, deadline: float) -> T:
+    def _change(self, key: ChunkKey, call: Callable[[], T]) -> T:
+        def in_turn() -> T:
+            with self._changes.turn(key):
+                return call()
+
+        return self._run(self._writing, in_turn, self._limits.write_deadline)
+
+    def _run(self, side: _Side, call: Callable[[], T], deadline: float) -> T:
         if self._threads is None:
             return call()
-        if not breaker.allow():
-            raise TierUnavailable(f"tier {self.name} is skipped until it answers again")
+        if not side.breaker.allow():
+            raise TierUnavailable(f"{side.name} tier {self.name} is skipped until it works again")
         try:
-            result = self._threads.run(call, deadline)
+            answer = self._threads.run(call, deadline)
         except (TierUnavailable, TierTimeout) as error:
-            if breaker.fail():
-                _log.warning("tier %s fails and is skipped for a while: %s", self.name, error)
+            if side.breaker.fail():
+                _log.warning("%s tier %s fails and is skipped for a while: %s", side.name, self.name, error)
             raise
         except StorageError:
-            self._answered(breaker)
+            self._worked(side)
             raise
-        self._answered(breaker)
-        return result
+        self._worked(side)
+        return answer
 
-    def _answered(self, breaker: CircuitBreaker) -> None:
-        if breaker.succeed():
-            _log.warning("tier %s answers again", self.name)
-
-
-class _DaemonThreads:
-    """Runs calls with a deadline. A call that overstays keeps its thread; the caller goes on."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self._count, self._name = count, name
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._started = 0
-        self._idle = 0
-        self._lock = threading.Lock()
-
-    def run(self, call: Callable[[], T], deadline: float) -> T:
-        future: Future[T] = Future()
-        self._start_if_needed()
-        self._calls.put((future, call))
-        try:
-            return future.result(deadline)
-        except TimeoutError:
-            if future.done():
-                return future.result()
-            future.cancel()
-            raise TierTimeout(f"tier {self._name} did not answer within {deadline:g} s") from None
-
-    def close(self) -> None:
-        with self._lock:
-            for _ in range(self._started):
-                self._calls.put(None)
-            self._started = 0
-
-    def _start_if_needed(self) -> None:
-        with self._lock:
-            if self._idle == 0 and self._started < self._count:
-                self._started += 1
-                threading.Thread(target=self._serve, name=f"droidspeak-{self._name}", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-            job = self._calls.get()
-            with self._lock:
-                self._idle -= 1
-            if job is None:
-                return
-            future, call = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - it is handed to the caller, whatever it is
-                future.set_exception(error)
-            del future, call, job
+    def _worked(self, side: _Side) -> None:
+        if side.breaker.succeed():
+            _log.warning("%s tier %s works again", side.name, self.name)

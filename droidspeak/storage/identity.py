@@ -12,11 +12,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import torch
 
 from droidspeak.errors import Incompatible, UnknownIdentity
 from droidspeak.storage.keys import SourceId
@@ -36,8 +39,7 @@ __all__ = [
 KV_LAYOUT = "token-major-1"
 """Layout of stored tensors: `[tokens, kv_heads, head_dim]`, keys after RoPE."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
+_OLDER_TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "vocab.json",
@@ -99,31 +101,61 @@ class Architecture:
                 hidden_size=hidden,
                 vocab_size=int(text["vocab_size"]),
                 rope=_canonical(_rope(text)),
-                attention=_canonical({key: text.get(key) for key in ("layer_types", "sliding_window")}),
+                attention=_canonical(_attention(text)),
                 dtype=_dtype_name(dtype or text.get("dtype") or text.get("torch_dtype")),
             )
+        except UnknownIdentity:
+            raise
         except KeyError as error:
             raise UnknownIdentity(
                 f"model configuration has no {error}: its architecture is unknown"
             ) from None
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UnknownIdentity(f"model configuration cannot be understood: {error}") from None
 
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
-    """One form for `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (4)."""
-    rope = dict(text.get("rope_parameters") or {})
-    if not rope:
-        rope = {"rope_theta": text.get("rope_theta", 10000.0), **(text.get("rope_scaling") or {})}
-    if "type" in rope:
-        rope["rope_type"] = rope.pop("type")
-    if not any(isinstance(value, dict) for value in rope.values()):
-        rope.setdefault("rope_type", "default")
+    """One form for `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (4).
+
+    As `RotaryEmbeddingConfigMixin` of transformers 5 does it; defaults that change nothing are left out.
+    """
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {kind: _plain_rope(value or {}, text) for kind, value in rope.items()}
+    return _plain_rope(rope, text)
+
+
+def _plain_rope(given: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    rope = {key: float(value) if type(value) is int else value for key, value in given.items()}
+    legacy_kind = rope.pop("type", None)
+    rope.setdefault("rope_type", legacy_kind or "default")
+    rope.setdefault("rope_theta", float(text.get("rope_theta") or 10000))
+    rope.setdefault("partial_rotary_factor", float(text.get("partial_rotary_factor") or 1))
+    if rope["partial_rotary_factor"] == 1:
+        del rope["partial_rotary_factor"]
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        trained = text.get("original_max_position_embeddings")
+        trained = trained or rope.get("original_max_position_embeddings") or text["max_position_embeddings"]
+        rope["original_max_position_embeddings"] = float(trained)
     return rope
+
+
+def _attention(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The window and the layers that it bounds; neither where all attention is full."""
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    kinds = text.get("layer_types")
+    if set(kinds or ()) == {"full_attention"}:
+        window = kinds = None
+    return {"layer_types": kinds, "sliding_window": window}
 
 
 def _dtype_name(dtype: Any) -> str:
     if dtype in (None, "auto"):
         raise UnknownIdentity("model configuration names no dtype: the cache's dtype is unknown")
-    return str(dtype).removeprefix("torch.")
+    known = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(known, torch.dtype):
+        raise UnknownIdentity(f"model configuration names the dtype {dtype!r}, which is unknown")
+    return str(known).removeprefix("torch.")
 
 
 def _canonical(value: Any) -> str:
@@ -200,82 +232,117 @@ def _shape(architecture: Architecture) -> str:
 def weights_digest(folder: Path, stem: str = "model") -> str:
     """SHA-256 over the safetensors shards of `folder` and their names.
 
-    Adapter folders (`stem="adapter_model"`) include `adapter_config.json`: rank and scale matter.
+    A folder with both one file and an index of shards has all of them counted: which ones are loaded is
+    up to the engine. Adapter folders (`stem="adapter_model"`) include `adapter_config.json`: rank and
+    scale matter.
 
     Raises:
         UnknownIdentity: no safetensors weights, or a shard that cannot be read.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    else:
-        names = [f"{stem}.safetensors"]
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    names = _shards(index) if index.is_file() else []
+    if single.is_file() or not names:
+        names.append(single.name)
     if stem == "adapter_model":
         names.append("adapter_config.json")
     return _digest_of([(name, digest_file(folder / name)) for name in names])
 
 
+def _shards(index: Path) -> list[str]:
+    table = _read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise UnknownIdentity(f"{index} has no weight_map")
+    return sorted(set(table.values()))
+
+
 def tokenizer_digest(folder: Path, vocab_size: int) -> str:
     """SHA-256 over the tokenizer's files; `"ids:<vocab size>"` for a folder that has none.
 
-    Only files that decide token ids count: chat templates and settings of the padding do not.
+    Only what decides token ids counts: chat templates and settings of padding and truncation do not.
     """
-    present = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if (folder / "tokenizer.json").is_file():
+        return digest_file(folder / "tokenizer.json", _tokenizer_rules)
+    # What older formats need instead of tokenizer.json.
+    present = [name for name in _OLDER_TOKENIZER_FILES if (folder / name).is_file()]
     if not present:
         return f"ids:{vocab_size}"
-    # tokenizer.json states everything; the other files are what older formats need instead.
-    names = present[:1] if present[0] == "tokenizer.json" else present
-    return _digest_of([(name, digest_file(folder / name)) for name in names])
+    return _digest_of([(name, digest_file(folder / name)) for name in present])
 
 
-def _digest_of(parts: list[tuple[str, str]]) -> str:
+def _tokenizer_rules(file: BinaryIO) -> str:
+    """SHA-256 of a `tokenizer.json` without layout, padding and truncation: trainers leave theirs in it."""
+    content = json.load(file)
+    return _digest_of({key: content[key] for key in content if key not in ("padding", "truncation")})
+
+
+def _digest_of(parts: Any) -> str:
     return hashlib.sha256(_canonical(parts).encode()).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and modification time (ns).
+def _whole_file(file: BinaryIO) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_file(path: Path, how: Callable[[BinaryIO], str] = _whole_file) -> str:
+    """Digest of a file, remembered for as long as the file is the same and has not been touched.
+
+    Args:
+        how: what to digest; SHA-256 of all bytes by default.
 
     Raises:
-        UnknownIdentity: the file cannot be read.
+        UnknownIdentity: the file cannot be read, or has changed while it was read.
     """
     try:
-        status = path.stat()
-        remembered = _DigestMemory(cache_folder() / "digests.json")
-        row = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        if (known := remembered.get(row)) is not None:
-            return known
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            state = _state(file)
+            memory = _DigestMemory(path, how.__name__)
+            if (known := memory.get(state)) is not None:
+                return known
+            digest = how(file)
+            if _state(file) != state:
+                raise UnknownIdentity(f"{path} cannot be identified: it is being changed")
     except OSError as error:
-        raise UnknownIdentity(f"{path} cannot be identified: {error.strerror}") from None
-    remembered.add(row, digest)
+        raise UnknownIdentity(f"{path} cannot be identified: {error.strerror or error}") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, UnknownIdentity):
+            raise
+        raise UnknownIdentity(f"{path} cannot be identified: {error}") from None
+    memory.put(state, digest)
     return digest
 
 
+def _state(file: BinaryIO) -> list[int]:
+    """Differs whenever the content may: two models of one architecture have files of one size, and a
+    renamed or unpacked file may bring any modification time with it."""
+    status = os.fstat(file.fileno())
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
 class _DigestMemory:
-    """Digests in one JSON file. It only saves time: unreadable or unwritable is the same as empty."""
+    """Remembers the digest of one path, in a file of its own in the cache folder.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    It only saves time: unreadable or unwritable is the same as empty.
+    """
 
-    def get(self, row: str) -> str | None:
-        return self._load().get(row)
+    def __init__(self, path: Path, how: str) -> None:
+        name = hashlib.sha256(f"{path.resolve()}\n{how}".encode()).hexdigest()
+        self._file = cache_folder() / "digests" / f"{name[:32]}.json"
 
-    def add(self, row: str, digest: str) -> None:
+    def get(self, state: list[int]) -> str | None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump({**self._load(), row: digest}, file)
-            os.replace(file.name, self._path)
-        except OSError:
-            return
-
-    def _load(self) -> dict[str, str]:
-        try:
-            content = json.loads(self._path.read_text())
+            content = json.loads(self._file.read_text())
         except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+            return None
+        known = content.get("digest") if isinstance(content, dict) and content.get("state") == state else None
+        return known if isinstance(known, str) else None
+
+    def put(self, state: list[int], digest: str) -> None:
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._file.parent) as folder:
+                new = Path(folder, "new")
+                new.write_text(json.dumps({"state": state, "digest": digest}))
+                new.replace(self._file)
 
 
 def cache_folder() -> Path:

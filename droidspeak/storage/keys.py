@@ -84,6 +84,8 @@ def _little_endian_int32(token_ids: TokenIds) -> bytes:
 
 
 def _from_sequence(token_ids: Sequence[int]) -> bytes:
+    if isinstance(token_ids, bytes | bytearray):  # `array` would take them for machine integers
+        raise UsageError("token ids must be integers, not bytes")
     try:
         values = array("i", token_ids)
     except (OverflowError, TypeError) as error:

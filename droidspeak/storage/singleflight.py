@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from droidspeak.errors import StorageError
+
 __all__ = ["SingleFlight"]
 
 T = TypeVar("T")
@@ -15,9 +17,9 @@ T = TypeVar("T")
 @dataclass
 class _Flight(Generic[T]):
     landed: threading.Event = field(default_factory=threading.Event)
-    joined: int = 0
-    value: T | None = None
-    error: BaseException | None = None
+    joined: bool = False
+    shared: list[T] = field(default_factory=list)
+    error: StorageError | None = None
 
 
 class SingleFlight(Generic[T]):
@@ -31,37 +33,56 @@ class SingleFlight(Generic[T]):
     def __init__(self, share: Callable[[T], T]) -> None:
         self._share = share
         self._lock = threading.Lock()
-        self._flights: dict[Hashable, _Flight[T]] = {}
+        self._flights: dict[tuple[Hashable, Hashable], _Flight[T]] = {}
 
-    def fetch(self, key: Hashable, call: Callable[[], T]) -> tuple[T, bool]:
-        """The value, and whether it was shared by another caller's fetch.
+    def fetch(self, key: Hashable, part: Hashable, call: Callable[[], T]) -> tuple[T, bool]:
+        """The value of `part` of `key`, and whether it was shared by another caller's fetch.
 
         Raises:
-            Whatever `call` raised, for all callers of the flight.
+            StorageError: the fetch failed, for all of its callers. Any other error is the first
+                caller's own, and the others fetch for themselves.
         """
-        with self._lock:
-            flight = self._flights.get(key)
-            if flight is not None:
-                flight.joined += 1
-            else:
-                mine = self._flights[key] = _Flight()
-        if flight is not None:
+        while True:
+            flight, first = self._board((key, part))
+            if first:
+                return self._fly((key, part), flight, call), False
             flight.landed.wait()
             if flight.error is not None:
                 raise flight.error
-            return flight.value, True  # type: ignore[return-value]
+            if flight.shared:
+                return flight.shared[0], True
+
+    def forget(self, key: Hashable) -> None:
+        """`key` has changed: whoever comes from now on does not join a fetch that began before."""
+        with self._lock:
+            for flight in [flight for flight in self._flights if flight[0] == key]:
+                del self._flights[flight]
+
+    def _board(self, name: tuple[Hashable, Hashable]) -> tuple[_Flight[T], bool]:
+        with self._lock:
+            flight = self._flights.get(name)
+            if flight is not None:
+                flight.joined = True
+                return flight, False
+            flight = self._flights[name] = _Flight()
+            return flight, True
+
+    def _fly(self, name: tuple[Hashable, Hashable], flight: _Flight[T], call: Callable[[], T]) -> T:
         try:
             value = call()
-            with self._lock:
-                self._flights.pop(key)
-            if mine.joined:
-                mine.value = self._share(value)
-        except BaseException as error:
-            mine.error = error
+            self._close(name, flight)
+            if flight.joined:
+                flight.shared.append(self._share(value))
+            return value
+        except StorageError as error:
+            flight.error = error
             raise
         finally:
-            with self._lock:
-                if self._flights.get(key) is mine:
-                    del self._flights[key]
-            mine.landed.set()
-        return value, False
+            self._close(name, flight)
+            flight.landed.set()
+
+    def _close(self, name: tuple[Hashable, Hashable], flight: _Flight[T]) -> None:
+        """From now on nobody joins."""
+        with self._lock:
+            if self._flights.get(name) is flight:
+                del self._flights[name]

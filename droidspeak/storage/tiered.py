@@ -2,17 +2,20 @@
 
     lookup   the longest leading run, each chunk wherever it is
     read     fastest tier first; a failing tier is passed over; what a slower tier gave is promoted
-    write    memory at once; slower tiers through a bounded queue each (`WriteBack`)
+    write    memory at once, slower tiers behind a bounded queue each
     corrupt  the object is quarantined, counted, and the next tier is asked
 
-Each tier stands behind a guard (deadline, breaker), so that a dead one costs one bounded delay.
+Each tier stands behind a guard (deadline, breaker), so that a dead one costs one bounded delay. Writes
+and deletes of one key take turns; whoever reads after one has returned sees what it did.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -25,18 +28,16 @@ from droidspeak.errors import (
     TierTimeout,
     TierUnavailable,
 )
+from droidspeak.storage.changes import Changes
 from droidspeak.storage.container import Chunk, Slot
 from droidspeak.storage.counters import Counters
-from droidspeak.storage.guard import GuardedTier, Limits
+from droidspeak.storage.guard import Limits
 from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.level import Level
 from droidspeak.storage.promotion import Promoter
-from droidspeak.storage.singleflight import SingleFlight
 from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
-from droidspeak.storage.writeback import WriteBack
 
 __all__ = ["TieredStore", "WriteBackOptions"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,32 +49,21 @@ class WriteBackOptions:
     close_timeout: float = 60.0
 
 
-class _Level:
-    """One tier of the store: its guard, and the queue in front of it if it is not memory."""
-
-    def __init__(self, tier: Tier, limits: Limits, capacity: int, counters: Counters) -> None:
-        self.tier = GuardedTier(tier, limits)
-        self.name = tier.name
-        self._counters = counters
-        self.queue = None if tier.in_memory else WriteBack(self.tier, capacity, self._lost)
-
-    def _lost(self, chunk: Chunk, error: StorageError) -> None:
-        self._counters.add("write_failures", self.name)
-        _log.debug("chunk %s not written to %s: %s", chunk.key, self.name, error)
-
-
 class TieredStore(Tier):
     """Several tiers as one; itself a `Tier`.
 
     Args:
-        tiers: from fast to slow, names all different.
+        tiers: from fast to slow, names all different. The store closes them.
         limits: deadlines and breakers by tier name; the default for those not named.
         promote: copy what a slower tier gave into the faster ones, in the background.
         write_back: bounds of the queues in front of slower tiers.
 
     Attributes:
-        counters: `hits`, `corrupt`, `failures`, `write_failures`, `writes_dropped`, `promotions` by
-            tier; `misses`, `shared_reads`.
+        counters: by tier `hits`, `shared_reads`, `promotions`, `corrupt`, `failures` (calls that failed
+            or were skipped), `write_failures`, `writes_dropped` (no room in the queue); and `misses`.
+
+    Raises:
+        ConfigError: no tiers, two of one name, or limits for a tier that is not there.
     """
 
     def __init__(
@@ -85,19 +75,17 @@ class TieredStore(Tier):
         write_back: WriteBackOptions | None = None,
         name: str = "store",
     ) -> None:
-        names = [tier.name for tier in tiers]
-        if not tiers or len(set(names)) != len(names):
-            raise ConfigError(f"a store needs tiers with different names, not {names}")
+        limits = limits or {}
+        _check_names([tier.name for tier in tiers], limits)
         self.name = name
         self.counters = Counters()
         self._options = write_back or WriteBackOptions()
-        limits = limits or {}
         self._levels = [
-            _Level(tier, limits.get(tier.name, Limits()), self._options.capacity, self.counters)
+            Level(tier, limits.get(tier.name, Limits()), self._options.capacity, self.counters)
             for tier in tiers
         ]
-        self._flights: SingleFlight[Chunk | None] = SingleFlight(_private_copy)
-        self._promoter = Promoter(self._promote) if promote and len(tiers) > 1 else None
+        self._changes = Changes()
+        self._promoter = Promoter(self._levels, self._changes, self.counters) if promote else None
         self._closed = False
 
     @property
@@ -115,30 +103,25 @@ class TieredStore(Tier):
         return run[0] if run else None
 
     def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
-        """Raises `TierUnavailable` only if no tier answers at all."""
-        found: list[ChunkInfo] = []
-        progress = True
-        while progress and len(found) < len(keys):
-            before, failed = len(found), 0
-            for level in self._levels:
-                try:
-                    found += self._leading_in(level, keys[len(found) :])
-                except StorageError as error:
-                    self._failed(level, error)
-                    failed += 1
-            if failed == len(self._levels) and not found:
-                raise TierUnavailable(f"no tier of {self.name} answers")
-            progress = len(found) > before
-        return found
+        """Each tier goes on where another has come to a gap. A tier that fails has nothing.
 
-    def _leading_in(self, level: _Level, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
+        Raises:
+            TierUnavailable: no tier answers.
+        """
         found: list[ChunkInfo] = []
-        if level.queue and level.queue.nbytes:
-            while len(found) < len(keys) and (chunk := level.queue.pending(keys[len(found)])):
-                found.append(ChunkInfo.of(chunk))
-        if len(found) == len(keys):
-            return found
-        return found + level.tier.leading(keys[len(found) :])
+        ring, without = list(self._levels), 0
+        while ring and without < len(ring) and len(found) < len(keys):
+            level = ring.pop(0)
+            try:
+                run = level.leading(keys[len(found) :])
+            except StorageError:
+                continue
+            ring.append(level)
+            found += run
+            without = 1 if run else without + 1
+        if not ring:
+            raise TierUnavailable(f"no tier of {self.name} answers")
+        return found
 
     def read(
         self,
@@ -146,179 +129,162 @@ class TieredStore(Tier):
         slots: Collection[Slot] | None = None,
         into: Mapping[Slot, torch.Tensor] | None = None,
     ) -> Chunk | None:
+        """As of a tier.
+
+        After a `TierTimeout` the late call may still write into `into`, so no other tier is asked.
+        """
+        stamp = self._changes.stamp(key)
         errors: list[StorageError] = []
         for index, level in enumerate(self._levels):
             try:
-                chunk = self._read_from(level, key, slots, into)
+                chunk = level.read(key, slots, into)
             except StorageError as error:
-                self._read_failed(level, key, error)
                 errors.append(error)
                 if into and isinstance(error, TierTimeout):
-                    # The call that overstayed may still fill `into`: nobody else may use that memory.
                     break
                 continue
             if chunk is not None:
                 self.counters.add("hits", level.name)
-                self._offer(index, chunk, private=not into)
+                if index and self._promoter:
+                    self._promoter.offer(index, chunk, stamp, owned=bool(into))
                 return chunk
         if errors:
             raise min(errors, key=_telling)
         self.counters.add("misses")
         return None
 
-    def _read_from(
-        self,
-        level: _Level,
-        key: ChunkKey,
-        slots: Collection[Slot] | None,
-        into: Mapping[Slot, torch.Tensor] | None,
-    ) -> Chunk | None:
-        if level.queue is None:
-            return level.tier.read(key, slots, into)
-        if (chunk := level.queue.pending(key)) is not None:
-            chunk.header.select(slots)
-            return chunk
-        wanted = None if slots is None else frozenset(slots)
-        chunk, shared = self._flights.fetch(
-            (level.name, key, wanted), lambda: level.tier.read(key, slots, into)
-        )
-        if shared:
-            self.counters.add("shared_reads")
-        return chunk
-
-    def _read_failed(self, level: _Level, key: ChunkKey, error: StorageError) -> None:
-        if not isinstance(error, ChunkCorrupt):
-            self._failed(level, error)
-            return
-        self.counters.add("corrupt", level.name)
-        _log.warning("tier %s: %s; quarantined", level.name, error)
-        try:
-            level.tier.quarantine(key)
-        except StorageError as second:
-            self._failed(level, second)
-
-    def _failed(self, level: _Level, error: StorageError) -> None:
-        if not isinstance(error, ChunkIncomplete):
-            self.counters.add("failures", level.name)
-
-    def _offer(self, index: int, chunk: Chunk, *, private: bool) -> None:
-        """Promotes a hit of level `index`: at once if it is whole and nobody else owns its memory."""
-        if index == 0 or self._promoter is None:
-            return
-        self._promoter.offer(chunk.key, chunk if private and chunk.complete else None)
-
-    def _promote(self, key: ChunkKey, chunk: Chunk | None) -> None:
-        holder = next((n for n, level in enumerate(self._levels) if self._leading_in(level, [key])), 0)
-        if holder == 0:
-            return
-        chunk = chunk or self._read_from(self._levels[holder], key, None, None)
-        if chunk is None:
-            return
-        for level in self._levels[:holder]:
-            self._store_in(level, chunk)
-            self.counters.add("promotions", level.name)
-
-    def _forget_promotion(self, key: ChunkKey) -> None:
-        """What is about to change must not be overwritten by a promotion of what it was."""
-        if self._promoter:
-            self._promoter.cancel(key, self._options.put_timeout)
-
     def write(self, chunk: Chunk) -> None:
-        """Memory tiers hold the chunk on return; slower ones when `flush` returns.
+        """Memory tiers hold the chunk on return; slower ones when `flush` has returned.
+
+        The chunk is kept, not copied: its tensors must not change afterwards. What goes wrong behind a
+        queue is counted, and logged once until the tier works again.
 
         Raises:
+            ChunkIncomplete: slots are missing.
             TierFull, TierUnavailable: no tier took it.
         """
-        self._forget_promotion(chunk.key)
-        errors = [error for level in self._levels if (error := self._store_in(level, chunk))]
-        if len(errors) == len(self._levels):
-            raise errors[-1]
+        if not chunk.complete:
+            raise ChunkIncomplete(f"chunk {chunk.key} has {len(chunk.payload)} of its slots")
+        with self._changes.turn(chunk.key):
+            errors = [self._write_to(level, chunk) for level in self._levels]
+            if all(errors):
+                raise next(error for error in reversed(errors) if error)
+            for level, error in zip(self._levels, errors, strict=True):
+                # An older chunk of the key must not stand in front of the new one.
+                if isinstance(error, TierFull):
+                    with suppress(StorageError):
+                        level.delete(chunk.key, self._options.put_timeout)
 
-    def _store_in(self, level: _Level, chunk: Chunk) -> StorageError | None:
-        if level.queue is not None:
-            if level.queue.put(chunk, self._options.put_timeout):
-                return None
-            self.counters.add("writes_dropped", level.name)
-            return TierUnavailable(f"tier {level.name}: its write queue stayed full")
+    def _write_to(self, level: Level, chunk: Chunk) -> StorageError | None:
         try:
-            level.tier.write(chunk)
+            level.write(chunk, self._options.put_timeout)
         except StorageError as error:
-            self.counters.add("write_failures", level.name)
-            # An older chunk of the key must not outlive a newer one that found no room.
-            if isinstance(error, TierFull):
-                level.tier.delete(chunk.key)
+            self.counters.add("write_failures" if level.tier.in_memory else "writes_dropped", level.name)
             return error
         return None
 
     def delete(self, key: ChunkKey) -> bool:
-        self._forget_promotion(key)
-        there, errors = False, []
-        for level in self._levels:
-            if level.queue:
-                there |= level.queue.cancel(key, self._options.put_timeout)
-            try:
-                there |= level.tier.delete(key)
-            except StorageError as error:
-                errors.append(error)
+        """As of a tier, from all tiers.
+
+        Raises:
+            TierUnavailable, TierTimeout: it may still be in a tier.
+        """
+        with self._changes.turn(key):
+            there, errors = self._everywhere(lambda level: level.delete(key, self._options.put_timeout))
         if errors:
             raise errors[0]
         return there
 
     def keys(self) -> Iterator[ChunkKey]:
+        """Raises `TierUnavailable` or `TierTimeout` when a tier cannot be listed."""
         seen: set[ChunkKey] = set()
-        for level in self._levels:
-            for key in [*(level.queue.keys() if level.queue else ()), *level.tier.keys()]:
-                if key not in seen:
-                    seen.add(key)
-                    yield key
+        for key in chain.from_iterable(level.keys() for level in self._levels):
+            if key not in seen:
+                seen.add(key)
+                yield key
 
     def usage(self) -> TierUsage:
-        """Different chunks, and bytes over all tiers, without those that wait to be written."""
+        """Different chunks, and bytes in all tiers together, without those that wait to be written.
+
+        All keys are walked. See `by_tier` for the parts.
+        """
         return TierUsage(sum(1 for _ in self.keys()), sum(usage.nbytes for usage in self.by_tier().values()))
 
     def by_tier(self) -> dict[str, TierUsage]:
         """Usage of each tier that answers."""
         table = {}
         for level in self._levels:
-            try:
+            with suppress(StorageError):
                 table[level.name] = level.tier.usage()
-            except StorageError as error:
-                self._failed(level, error)
         return table
 
     def pin(self, key: ChunkKey) -> bool:
-        self.flush()
-        return sum(level.tier.pin(key) for level in self._levels) > 0
+        """As of a tier, in each that holds `key`; waits until it is written."""
+        for level in self._levels:
+            level.settle(key, self._options.close_timeout)
+        return self._anywhere(lambda level: level.tier.pin(key))
 
     def unpin(self, key: ChunkKey) -> bool:
-        return sum(level.tier.unpin(key) for level in self._levels) > 0
+        return self._anywhere(lambda level: level.tier.unpin(key))
 
     def quarantine(self, key: ChunkKey) -> None:
-        for level in self._levels:
+        def quarantine(level: Level) -> bool:
             level.tier.quarantine(key)
+            return True
+
+        self._anywhere(quarantine)
+
+    def _anywhere(self, change: Callable[[Level], bool]) -> bool:
+        """Whether it was done in any tier. Raises if it was not, and a tier failed."""
+        there, errors = self._everywhere(change)
+        if errors and not there:
+            raise errors[0]
+        return there
+
+    def _everywhere(self, change: Callable[[Level], bool]) -> tuple[bool, list[StorageError]]:
+        there, errors = False, []
+        for level in self._levels:
+            try:
+                there |= change(level)
+            except StorageError as error:
+                errors.append(error)
+        return there, errors
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Waits until all queued writes and promotions are done; whether that came in time (s)."""
-        seconds = self._options.close_timeout if timeout is None else timeout
-        promoted = self._promoter is None or self._promoter.flush(seconds)
-        return all([promoted, *(level.queue.flush(seconds) for level in self._levels if level.queue)])
+        """Waits until all writes and promotions that came before are done; whether that came in time.
+
+        What a tier refused is done too: see `counters`.
+
+        Args:
+            timeout: seconds for all tiers together; the time for closing by default.
+        """
+        left = _countdown(self._options.close_timeout if timeout is None else timeout)
+        promoted = self._promoter is None or self._promoter.flush(left())
+        return all([promoted, *(level.flush(left()) for level in self._levels)])
 
     def close(self) -> None:
+        """Writes what waits and closes the tiers; what hangs is left behind after a while."""
         if self._closed:
             return
         self._closed = True
+        left = _countdown(self._options.close_timeout)
         if self._promoter:
-            self._promoter.close()
+            self._promoter.close(left())
         for level in self._levels:
-            if level.queue and not level.queue.close(self._options.close_timeout):
-                _log.warning("tier %s: closed with %d bytes unwritten", level.name, level.queue.nbytes)
-            level.tier.close()
+            level.close(left())
 
 
-def _private_copy(chunk: Chunk | None) -> Chunk | None:
-    if chunk is None:
-        return None
-    return Chunk(chunk.header, {slot: stored.clone() for slot, stored in chunk.payload.items()})
+def _check_names(names: list[str], limits: Mapping[str, Limits]) -> None:
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"a store needs tiers with different names, not {names}")
+    if unknown := sorted(limits.keys() - set(names)):
+        raise ConfigError(f"limits for {unknown}; the tiers are {names}")
+
+
+def _countdown(seconds: float) -> Callable[[], float]:
+    """What is left of `seconds` from now on."""
+    end = time.monotonic() + seconds
+    return lambda: max(0.0, end - time.monotonic())
 
 
 def _telling(error: StorageError) -> int:

@@ -18,21 +18,22 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from droidspeak.errors import ConfigError
+from droidspeak.errors import ConfigError, TierUnavailable
 from droidspeak.storage.eviction import EvictionPolicy, get_eviction
+from droidspeak.storage.late import LateTier
 from droidspeak.storage.tier import Tier
 
-__all__ = ["open_tier", "parse_size"]
+__all__ = ["open_tier", "open_tier_late", "parse_size"]
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)")
-_SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def open_tier(description: str | Mapping[str, Any]) -> Tier:
@@ -51,20 +52,28 @@ def open_tier(description: str | Mapping[str, Any]) -> Tier:
     return _SCHEMES[scheme].open(options, _shown(description))
 
 
+def open_tier_late(description: str | Mapping[str, Any]) -> Tier:
+    """As `open_tier`, but a tier that cannot be opened now is tried again whenever it is used.
+
+    Raises:
+        ConfigError, MissingExtra: as `open_tier`; these do not get better by waiting.
+    """
+    try:
+        return open_tier(description)
+    except TierUnavailable:
+        options = _from_url(description) if isinstance(description, str) else description
+        return LateTier(lambda: open_tier(description), str(options.get("name", options["type"])))
+
+
 def parse_size(value: str | int) -> int:
     """Bytes of `"8GiB"`, `"1.5 MB"`, `"4096"` or a number of bytes. Raises `ConfigError`."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if not match or match[2] not in _UNITS:
-        raise ConfigError(
-            f"not a size: {value!r}; allowed is a number with {', '.join(filter(None, _UNITS))}"
-        )
-    return (
-        math.floor(float(match[1]) * _UNITS[match[2]])
-        if "." in match[1]
-        else int(match[1]) * _UNITS[match[2]]
-    )
+        units = ", ".join(unit for unit in _UNITS if unit)
+        raise ConfigError(f"not a size: {value!r}; allowed is a number with or without {units}")
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class _Scheme:
         build: makes the tier from its options.
         place: reads a URL's authority and path into options.
         parsers: how the value of each option is read; other options are refused.
-        required: options that have no default.
+        required: options that have no default. An option that is `None` is not given.
     """
 
     build: Callable[..., Tier]
@@ -84,6 +93,7 @@ class _Scheme:
     required: frozenset[str] = field(default=frozenset())
 
     def open(self, options: Mapping[str, Any], shown: str) -> Tier:
+        options = {name: value for name, value in options.items() if value is not None}
         unknown = sorted(map(str, options.keys() - self.parsers.keys()))
         if unknown:
             raise ConfigError(
@@ -105,8 +115,9 @@ def _from_url(url: str) -> dict[str, Any]:
     try:
         parts = urlsplit(url)
         pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-    except ValueError as error:
-        raise ConfigError(f"not a tier URL: {_shown(url)} ({error})") from None
+    except ValueError:
+        allowed = "allowed is scheme://place?option=value&option=value"
+        raise ConfigError(f"not a tier URL: {_shown(url)}; {allowed}") from None
     options = dict(pairs)
     if len(options) < len(pairs) or parts.fragment or "@" in parts.netloc:
         raise ConfigError(f"{_shown(url)}: allowed are a place and options, each once, and no credentials")
@@ -167,11 +178,10 @@ def _seconds(value: Any) -> float:
 
 
 def _switch(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if value not in _SWITCH:
+    text = str(value).lower()
+    if text not in ("true", "false"):
         raise ConfigError(f"{value!r}; allowed: true, false")
-    return _SWITCH[value]
+    return text == "true"
 
 
 def _eviction(value: Any) -> EvictionPolicy:

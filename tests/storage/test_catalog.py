@@ -56,7 +56,9 @@ _STEPS = st.lists(
 )
 
 
-def play(policy: EvictionPolicy, ledger: Catalog | MemoryLedger, steps: list[tuple[str, int]]) -> list[object]:
+def play(
+    policy: EvictionPolicy, ledger: Catalog | MemoryLedger, steps: list[tuple[str, int]]
+) -> list[object]:
     seen: list[object] = []
     for step, seed in steps:
         key = make_key(seed, source=seed % 2)
@@ -85,7 +87,7 @@ def test_evicts_as_the_ledger_in_memory_does(tmp_path_factory, policy, steps):
     catalog = opened(tmp_path_factory.mktemp("catalog") / "catalog.sqlite")
     with catalog.transaction():
         assert play(policy, catalog, steps) == play(policy, MemoryLedger(), steps)
-    held = sum(1 for _ in catalog.keys())
+    held = len(list(catalog.keys()))
     assert catalog.usage() == TierUsage(held, catalog.nbytes())
     catalog.close()
 
@@ -193,7 +195,7 @@ def test_questions_do_not_wait_for_a_change(catalog):
 
 
 def test_another_writer_waits_and_then_gives_up_in_one_line(catalog, path, monkeypatch):
-    monkeypatch.setattr("droidspeak.storage.catalog._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("droidspeak.storage.catalogfile._BUSY_SECONDS", 0.05)
     other = opened(path)
     with catalog.transaction(), pytest.raises(TierUnavailable, match=r"catalog\.sqlite: .*locked"):
         other.put(Entry(make_key(0), 1))

@@ -11,9 +11,11 @@ import resource
 import shutil
 import signal
 import textwrap
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from hypothesis import settings
 from safetensors import safe_open
 
 from droidspeak.errors import ChunkCorrupt, TierFull, TierUnavailable
-from droidspeak.storage.catalog import PendingWrite
+from droidspeak.storage.catalog import Catalog, PendingWrite
 from droidspeak.storage.container import Chunk, Slot, SlotKind
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.keys import ChunkKey
@@ -54,17 +56,15 @@ class TestDiskTier(DiskHooks, TierConformance):
     pass
 
 
-class TestDiskTierS3FIFO(DiskHooks, TierConformance):
-    def make_tier(self, place: Path, capacity: int | None = None) -> DiskTier:
-        return DiskTier(place, capacity=capacity, min_free=0, eviction="s3-fifo")
-
-
 class DiskMachine(DiskHooks, TierStateMachine):
     pass
 
 
 class SmallDiskMachine(DiskHooks, TierStateMachine):
     capacity = 3 * SIZE
+
+    def make_tier(self, place: Path, capacity: int | None = None) -> DiskTier:
+        return DiskTier(place, capacity=capacity, min_free=0, eviction="s3-fifo")
 
 
 TestDiskMachine = DiskMachine.TestCase
@@ -90,7 +90,7 @@ def files(root: Path) -> list[Path]:
 
 def held(tier: DiskTier) -> set[int]:
     seeds = {make_key(seed): seed for seed in range(100)}
-    return {seeds[key] for key in tier.keys()}
+    return {seeds[key] for key in list(tier.keys())}
 
 
 # Processes. A child is forked from a server that has the imports done, and runs one function's source.
@@ -144,8 +144,8 @@ def test_kill_at_any_moment_loses_no_acknowledged_chunk(root):
             keys = {make_key(seed): seed for seed in acknowledged}
             assert keys.keys() <= set(tier.keys())
             assert len(keys) <= tier.usage().chunks <= len(keys) + round_ + 1
-            assert sorted(files(root)) == sorted(tier.path(key) for key in tier.keys())
-            for key in tier.keys():
+            assert sorted(files(root)) == sorted(tier.path(key) for key in list(tier.keys()))
+            for key in list(tier.keys()):
                 chunk = tier.read(key)
                 if key in keys:
                     assert_holds(chunk, make_chunk(keys[key], tokens=256))
@@ -177,9 +177,8 @@ def die_at(pipe, root, capacity, moment):
         replace = os.replace
         os.replace = lambda *names: (replace(*names), die())
     elif moment == "while victims leave":
-        os.unlink = die
-        unlink = type(tier.root).unlink
-        type(tier.root).unlink = lambda *a, **k: (unlink(*a, **k), die())
+        unlink = os.unlink
+        os.unlink = lambda name: (unlink(name), die())
     elif moment == "before the last commit":
         Catalog.end_write = die
     tier.write(make_chunk(2, key=make_key(1)))
@@ -211,7 +210,7 @@ def test_kill_at_each_step(root, moment, replaces):
             assert_holds(tier.read(make_key(1)), make_chunk(1))
         else:
             assert tier.head(make_key(1)) is None
-        assert sorted(files(root)) == sorted(tier.path(key) for key in tier.keys())
+        assert sorted(files(root)) == sorted(tier.path(key) for key in list(tier.keys()))
         assert tier.usage().nbytes == sum(file.stat().st_size for file in files(root))
         assert tier._catalog.writes() == []
         assert len(list((root / "writers").iterdir())) == 1
@@ -253,7 +252,7 @@ def test_processes_that_share_a_folder_keep_to_one_capacity(root):
     children = [Child(share, root, capacity, seed) for seed in range(3)]
     assert [child.heard() for child in children] == [["sound"]] * 3
     with DiskTier(root, capacity=capacity, min_free=0) as tier:
-        assert sorted(files(root)) == sorted(tier.path(key) for key in tier.keys())
+        assert sorted(files(root)) == sorted(tier.path(key) for key in list(tier.keys()))
         assert tier.usage().nbytes == sum(file.stat().st_size for file in files(root)) <= capacity
 
 
@@ -280,18 +279,35 @@ def test_the_room_of_a_dead_writer_is_taken_back_without_reopening(root):
         assert held(tier) == {0, 1}
 
 
+def test_the_room_of_a_failed_write_is_taken_back_when_the_catalog_failed_too(root, monkeypatch):
+    """As on a full disk, where not even the intent can be dropped."""
+
+    def fail(*_: object) -> None:
+        raise TierUnavailable("database or disk is full")
+
+    with DiskTier(root, capacity=2 * SIZE, min_free=0) as tier:
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalog, "end_write", fail)
+            with pytest.raises(TierUnavailable):
+                tier.write(make_chunk(0))
+        assert len(tier._catalog.writes()) == 1
+        tier.write(make_chunk(1))
+        tier.write(make_chunk(2))
+        assert tier._catalog.writes() == []
+        assert tier.usage().nbytes == sum(file.stat().st_size for file in files(root)) == 2 * SIZE
+
+
 # Damage
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_a_file_cut_anywhere_is_corrupt(root, codec):
+def test_a_file_cut_anywhere_is_corrupt(tier, codec):
     chunk = make_chunk(0, codec=codec)
     for eighth in range(8):
-        with DiskTier(root, min_free=0) as tier:
-            tier.write(chunk)
-            os.truncate(tier.path(chunk.key), chunk.header.nbytes * eighth // 8)
-            with pytest.raises(ChunkCorrupt):
-                tier.read(chunk.key)
+        tier.write(chunk)
+        os.truncate(tier.path(chunk.key), chunk.header.nbytes * eighth // 8)
+        with pytest.raises(ChunkCorrupt):
+            tier.read(chunk.key)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -303,7 +319,8 @@ def test_a_file_cut_while_it_is_read_is_corrupt(tier, monkeypatch, cached):
     preadv = os.preadv
 
     def cut_first(file: int, buffers: list[memoryview], offset: int) -> int:
-        os.truncate(tier.path(chunk.key), offset + 5)
+        if offset + 5 < tier.path(chunk.key).stat().st_size:
+            os.truncate(tier.path(chunk.key), offset + 5)
         return preadv(file, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", cut_first)
@@ -311,17 +328,16 @@ def test_a_file_cut_while_it_is_read_is_corrupt(tier, monkeypatch, cached):
         tier.read(chunk.key)
 
 
-def test_every_flipped_byte_is_found(root):
+def test_every_flipped_byte_is_found(tier):
     chunk = make_chunk(0, layers=1, e_layers=())
     data = chunk.to_bytes()
     for position in range(0, len(data), 23):
-        with DiskTier(root, min_free=0) as tier:
-            tier.write(chunk)
-            with tier.path(chunk.key).open("r+b") as file:
-                file.seek(position)
-                file.write(bytes([data[position] ^ 1]))
-            with pytest.raises(ChunkCorrupt):
-                tier.read(chunk.key)
+        tier.write(chunk)
+        with tier.path(chunk.key).open("r+b") as file:
+            file.seek(position)
+            file.write(bytes([data[position] ^ 1]))
+        with pytest.raises(ChunkCorrupt):
+            tier.read(chunk.key)
 
 
 def test_a_file_under_another_name_is_corrupt(tier):
@@ -397,8 +413,12 @@ def test_rebuild_finds_what_is_there_and_sorts_out_the_rest(root, tier):
     assert held(tier) == {0, 5, 9}
     assert usage == TierUsage(3, 3 * SIZE)
     assert len(list((root / "quarantine").iterdir())) == 4
-    assert sorted(files(root)) == sorted(tier.path(key) for key in tier.keys())
-    assert [entry.pinned for entry in map(tier._catalog.get, map(make_key, (0, 5, 9)))] == [True, False, False]
+    assert sorted(files(root)) == sorted(tier.path(key) for key in list(tier.keys()))
+    assert [entry.pinned for entry in map(tier._catalog.get, map(make_key, (0, 5, 9)))] == [
+        True,
+        False,
+        False,
+    ]
 
 
 # Room
@@ -467,7 +487,7 @@ def test_evicts_to_keep_the_file_system_free(root, monkeypatch):
         assert held(tier) == {3, 4, 5}
         for seed in (3, 4, 5):
             tier.pin(make_key(seed))
-        with pytest.raises(TierFull, match=f"{7 * SIZE} bytes free, {7 * SIZE} to stay free"):
+        with pytest.raises(TierFull, match=f"{7 * SIZE} bytes are free, {7 * SIZE} stay free"):
             tier.write(make_chunk(6))
         assert held(tier) == {3, 4, 5}
         assert len(files(root)) == 3
@@ -478,6 +498,28 @@ def test_a_chunk_larger_than_the_tier_names_both_numbers(root):
         with pytest.raises(TierFull, match=f"{SIZE} bytes, the capacity is 100"):
             tier.write(make_chunk(0))
         assert files(root) == []
+
+
+def test_room_that_others_are_writing_in_is_waited_for(root, monkeypatch):
+    with DiskTier(root, min_free=0, capacity=SIZE) as tier:
+        pause = threading.Event()
+        write_file = DiskTier.write.__globals__["write_file"]
+
+        def slowly(path: Path, buffers: list[memoryview]) -> None:
+            pause.wait(0.1)
+            write_file(path, buffers)
+
+        monkeypatch.setitem(DiskTier.write.__globals__, "write_file", slowly)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(tier.write, map(make_chunk, range(4))))
+        assert tier.usage().chunks == len(files(root)) == 1
+        other = DiskTier(root, min_free=0)
+        tier._catalog.begin_write(PendingWrite("elsewhere.tmp", make_key(9), SIZE, other._mark.writer))
+        monkeypatch.setattr("droidspeak.storage.disk._CROWD_SECONDS", 0.05)
+        with pytest.raises(TierFull, match="being written"):
+            tier.write(make_chunk(5))
+        other.close()
+        tier.write(make_chunk(5))
 
 
 def test_replacing_needs_no_second_room(root):
@@ -673,6 +715,45 @@ def test_a_layer_costs_its_header_once_and_its_bytes(tier, monkeypatch):
     assert cost([]) == []
     monkeypatch.setattr(DiskTier, "best_read", records[k3].nbytes)
     assert cost([k3, v3]) == [span(k3, k3), span(v3, v3)]
+
+
+def test_long_reads_share_their_ranges_with_a_helper(tier, monkeypatch):
+    """Every range is read once, by one of two threads, and damage is found whoever reads it."""
+    monkeypatch.setattr(DiskTier, "best_read", 1)
+    chunk = make_chunk(0, layers=30)
+    tier.write(chunk)
+    readers: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def slow_preadv(file: int, buffers: list[memoryview], offset: int) -> int:
+        readers.append((threading.get_ident(), offset))
+        time.sleep(0.001)
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow_preadv)
+    assert_holds(tier.read(chunk.key), chunk)
+    starts = [chunk.header.data_start + record.start for record in chunk.header.records.values()]
+    assert sorted(offset for _, offset in readers) == starts
+    assert len({thread for thread, _ in readers}) == 2
+    for start in starts[::9]:
+        tier.write(chunk)
+        with tier.path(chunk.key).open("r+b") as file:
+            file.seek(start)
+            file.write(bytes([chunk.to_bytes()[start] ^ 1]))
+        with pytest.raises(ChunkCorrupt, match="differs from its checksum"):
+            tier.read(chunk.key)
+
+
+def test_many_long_reads_at_once_with_one_helper(tier, monkeypatch):
+    monkeypatch.setattr(DiskTier, "best_read", 1)
+    chunks = [make_chunk(seed, layers=20) for seed in range(6)]
+    for chunk in chunks:
+        tier.write(chunk)
+    with ThreadPoolExecutor(8) as pool:
+        for chunk, got in zip(chunks * 20, pool.map(tier.read, [c.key for c in chunks * 20]), strict=True):
+            assert_holds(got, chunk)
+    tier._helper.shutdown()
+    assert_holds(tier.read(chunks[0].key), chunks[0])
 
 
 def test_reads_straight_into_the_callers_memory(tier):

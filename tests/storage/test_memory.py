@@ -179,6 +179,19 @@ def test_a_refused_chunk_evicts_nobody() -> None:
     assert len(list(tier.keys())) == 3
 
 
+def test_room_that_is_pinned_during_the_copy_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = MemoryTier(MemoryTier(MIB).footprint(make_chunk(0)))
+    tier.write(make_chunk(0))
+
+    def pin_and_keep(_chunk: Chunk) -> bool:
+        return tier.pin(make_key(0))
+
+    monkeypatch.setattr(tier, "_may_keep", pin_and_keep)
+    with pytest.raises(TierFull, match="pinned"):
+        tier.write(make_chunk(1))
+    assert_holds(tier.read(make_key(0)), make_chunk(0))
+
+
 def test_an_allocation_that_fails_is_a_full_tier(tier: MemoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_args: object, **_options: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much.\nmore lines")

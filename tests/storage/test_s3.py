@@ -385,6 +385,28 @@ def test_a_body_that_breaks_off_is_asked_for_again(
             tier.read(chunk.key)
 
 
+def test_after_an_error_nobody_writes_into_the_reader_s_memory(
+    tier: S3Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = make_chunk(1, layers=4)
+    tier.write(chunk)
+    tier.read(chunk.key, [])
+    apart = Slot.kv([0, 3])
+    fetch, finished = tier._get, []
+
+    def first_fails_and_second_is_slow(key: ChunkKey, etag: str, start: int, *rest: Any) -> None:
+        if start == chunk.header.data_start + chunk.header.records[apart[0]].start:
+            raise TierUnavailable("broken")
+        time.sleep(0.1)
+        fetch(key, etag, start, *rest)
+        finished.append(start)
+
+    monkeypatch.setattr(tier, "_get", first_fails_and_second_is_slow)
+    with pytest.raises(TierUnavailable, match="broken"):
+        tier.read(chunk.key, apart)
+    assert len(finished) == 1
+
+
 def test_a_missing_bucket_is_unavailable(s3_endpoint: str) -> None:
     with S3Tier("nobody-made-this", endpoint=s3_endpoint) as tier:
         assert tier.head(make_key(1)) is None  # a HEAD request cannot tell

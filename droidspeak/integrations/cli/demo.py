@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from droidspeak import __version__
 from droidspeak.errors import ConfigError, DroidSpeakError, UsageError
-from droidspeak.integrations.cli.demo_roles import Task
+from droidspeak.integrations.cli.demo_task import TIMING, Task
 from droidspeak.integrations.cli.output import Format, note, progress, show_json, show_table
 from droidspeak.layerselect import Plan
 from droidspeak.prompts import load_prompts
@@ -32,8 +32,8 @@ _LAB = Path(__file__).parents[3] / "lab"
 _LAB_PAIR = ("coder", "base")
 _LAB_CHUNK_SIZE = 16
 _TIMING = Task(
-    sender="timing:1",
-    receiver="timing:2",
+    sender=f"{TIMING}1",
+    receiver=f"{TIMING}2",
     store="",
     plans=["reuse", "4-5", "4-7"],
     chunk_size=DEFAULT_CHUNK_SIZE,
@@ -117,17 +117,13 @@ def _lab_task(folder: Path) -> Task:
 
 
 def _lab_plans(sender: str, receiver: str) -> list[str]:
-    """The groups that the lab's calibration chose for half and for nearly all of the lost quality."""
+    """Groups that the lab chose on its calibration prompts: one layer too few, enough, one more."""
     pairs = json.loads((_LAB / "pairs.json").read_text())
     pair = next(row for row in pairs if (row["sender"], row["receiver"]) == (sender, receiver))
-    lost = pair["full_prefill"] - pair["full_reuse"]
-    plans = []
-    for share in (0.5, 0.97):
-        enough = pair["full_reuse"] + share * lost
-        groups = [point for point in pair["frontier"] if point["exact_match"] >= enough]
-        best = min(groups, key=lambda point: point["end"] - point["start"])
-        plans.append(f"{best['start']}-{best['end']}")
-    return plans
+    groups = [f"{point['start']}-{point['end']}" for point in pair["chosen"]]
+    good = (point["exact_match"] >= pair["full_prefill"] - 0.01 for point in pair["chosen"])
+    enough = next(size for size, reached in enumerate(good) if reached)
+    return groups[max(0, enough - 1) : enough + 2]
 
 
 def _plans(task: Task, wanted: list[str] | None) -> list[str]:

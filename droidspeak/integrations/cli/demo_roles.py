@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from droidspeak.connector import ConnectorOptions
 from droidspeak.errors import DroidSpeakError, PromptError, UsageError
+from droidspeak.integrations.cli.demo_task import TIMING, Task
 from droidspeak.integrations.transformers import DroidSpeak, manifest_of
 from droidspeak.integrations.transformers.answer import Answer, PromptEncoder, answer
 from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet
@@ -35,30 +36,6 @@ from droidspeak.storage import SourceManifest, TieredStore
 from droidspeak.storage.urls import open_tier
 
 FULL_PREFILL = "full prefill"
-_TIMING = "timing:"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one process does.
-
-    Attributes:
-        sender, receiver: model folders, or `"timing:SEED"` for random weights of the timing model.
-        prompts: prompt file, or `None` for one random prompt of `random_tokens`.
-        plans: as `Plan.parse` reads them.
-        repeats: answers to each prompt and method.
-    """
-
-    sender: str
-    receiver: str
-    store: str
-    plans: list[str]
-    chunk_size: int
-    prompts: str | None = None
-    limit: int | None = None
-    max_new_tokens: int = 8
-    repeats: int = 1
-    random_tokens: int = 2048
 
 
 @dataclass
@@ -124,14 +101,14 @@ class Side:
 
     def __init__(self, name: str, task: Task) -> None:
         self.name, self.task = name, task
-        self.folder = None if name.startswith(_TIMING) else Path(name)
+        self.folder = None if name.startswith(TIMING) else Path(name)
         self.model = _load(name)
         self.manifest = manifest_of(self.model, self.folder)
         self.eos_ids = _eos_ids(self.model)
 
     def manifest_of(self, name: str) -> SourceManifest:
         """Of the other side: from its folder, or its random weights."""
-        if name.startswith(_TIMING):
+        if name.startswith(TIMING):
             return manifest_of(_load(name))
         return SourceManifest.from_folder(name, dtype=str(self.model.dtype))
 
@@ -241,8 +218,8 @@ def _policy(sender: SourceManifest, receiver: SourceManifest, plans: list[Plan])
 
 
 def _load(name: str) -> PreTrainedModel:
-    if name.startswith(_TIMING):
-        torch.manual_seed(int(name.removeprefix(_TIMING)))
+    if name.startswith(TIMING):
+        torch.manual_seed(int(name.removeprefix(TIMING)))
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(timing_config()).eval())
     folder = Path(name)
     if not (folder / "config.json").is_file():

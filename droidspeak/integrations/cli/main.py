@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from droidspeak import __version__
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with its status."""
     try:
         app(arguments, standalone_mode=False)
-    except click.ClickException as error:
+    except typer.TyperException as error:
         note(f"error: {error.format_message()}")
         sys.exit(error.exit_code)
     except (UsageError, IdentityError) as error:
@@ -55,6 +54,6 @@ def main(arguments: list[str] | None = None) -> None:
     except DroidSpeakError as error:
         note(f"error: {error}")
         sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         note("interrupted")
         sys.exit(130)

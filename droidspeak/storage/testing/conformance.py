@@ -302,13 +302,14 @@ class TierConformance:
         assert_holds(small_tier.read(chunks[2].key), chunks[2])
 
     def test_a_pin_survives_a_second_write(self, small_tier: Tier) -> None:
-        key = make_key(0)
-        small_tier.write(make_chunk(0))
-        small_tier.pin(key)
-        small_tier.write(make_chunk(1, key=key))
-        for seed in range(2, 9):
+        for seed in range(3):
             small_tier.write(make_chunk(seed))
-        assert_holds(small_tier.read(key), make_chunk(1, key=key))
+            small_tier.pin(make_key(seed))
+        again = make_chunk(9, key=make_key(0))
+        small_tier.write(again)
+        with pytest.raises(TierFull):
+            small_tier.write(make_chunk(3))
+        assert_holds(small_tier.read(again.key), again)
 
     def test_what_can_never_fit_is_refused_and_nothing_is_lost(self, small_tier: Tier) -> None:
         chunks = [make_chunk(seed) for seed in range(3)]
