@@ -11,13 +11,14 @@ Only exact caches are saved; what a plan mixed stays with its request.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from droidspeak.connector.layout import RowLayout, shard_count
 from droidspeak.connector.match import Match
-from droidspeak.connector.saver import SaveSession
+from droidspeak.connector.saver import Publisher, SaveSession
 from droidspeak.connector.status import Outcome, Reason
 from droidspeak.connector.stream import LayerStream
 from droidspeak.errors import ConfigError, Incompatible, StorageError
@@ -39,31 +40,40 @@ from droidspeak.storage.keys import TokenIds
 __all__ = ["Connector", "ConnectorOptions"]
 
 _log = logging.getLogger(__name__)
-_WHOLE = "0of1"
 
 
 @dataclass(frozen=True)
 class ConnectorOptions:
-    """How chunks are cut, coded and loaded.
+    """How chunks are cut, coded, loaded and saved.
 
     Attributes:
         chunk_size: tokens per chunk; sender and receiver must agree.
         codec: of what this process saves; everything can be read.
         load_deadline: seconds until a stream gives up.
         loaders: threads per stream.
+        save_backlog: bytes that may wait to be saved; what comes beyond is not saved.
         shard: this process's tensor-parallel shard.
+
+    Raises:
+        UsageError, ConfigError: a value that is not allowed.
     """
 
     chunk_size: int = DEFAULT_CHUNK_SIZE
     codec: str = "raw"
     load_deadline: float = 30.0
     loaders: int = 2
-    shard: str = _WHOLE
+    save_backlog: int = 1 << 30
+    shard: str = "0of1"
 
     def __post_init__(self) -> None:
         PrefixHasher(self.chunk_size)
         if not get_codec(self.codec).lossless:
             raise ConfigError(f"codec {self.codec!r} is lossy: allowed only with a policy profiled with it")
+        if self.loaders < 1 or not self.load_deadline > 0:
+            raise ConfigError(
+                f"{self.loaders} loaders, deadline {self.load_deadline} s: allowed are positive numbers"
+            )
+        shard_count(self.shard)
 
 
 class Connector:
@@ -74,8 +84,9 @@ class Connector:
         policies: which pairs may share, and how.
 
     Attributes:
-        counters: `requests` by status, `reasons` by reason, `exact_tokens`, `shared_tokens`,
-            `bytes_loaded`, `chunks_saved`, `chunks_abandoned`, `save_failures`, `lookup_failures`.
+        counters: `requests` by status, `reasons` by reason, `exact_tokens`, `shared_tokens` by source,
+            `bytes_loaded`, `chunks_saved`, `chunks_abandoned`, `chunks_dropped`, `save_failures`,
+            `lookup_failures`.
     """
 
     def __init__(
@@ -85,7 +96,8 @@ class Connector:
         self.policies = PolicySet() if policies is None else policies
         self.options = options or ConnectorOptions()
         self.counters = Counters()
-        self._savers = ThreadPoolExecutor(1, "droidspeak-save")
+        self._shards = shard_count(self.options.shard)
+        self._publisher = Publisher(store, self.options.codec, self.options.save_backlog, self.counters)
 
     def lookup(
         self,
@@ -99,11 +111,12 @@ class Connector:
     ) -> Match:
         """The best match for a prompt; a match without chunks is false and says why.
 
+        The receiver's own chunks come first; whether others may be used is only asked for what they leave.
         At least the last token is always left to the engine, which needs its logits.
 
         Args:
             receiver: `None` if the model could not be identified.
-            sender: consider only this model's caches; others if `None`, by policy.
+            sender: of other models' caches consider only this one's; all that have a policy if `None`.
             requirement: what the plan must reach.
             share: `False` allows the receiver's own exact cache only.
 
@@ -113,17 +126,23 @@ class Connector:
         size = self.options.chunk_size
         hashes = PrefixHasher(size, salt).hashes(token_ids)[: max(0, len(token_ids) - 1) // size]
         nothing = Match(receiver, Reason.MISS, len(token_ids), size)
-        refusal = self._refuse(receiver, sender) or (None if hashes else Reason.TOO_SHORT)
-        if receiver is None or refusal is not None:
-            return replace(nothing, reason=refusal or Reason.UNKNOWN_WEIGHTS)
+        if receiver is None:
+            return replace(nothing, reason=Reason.UNKNOWN_WEIGHTS)
+        if not hashes:
+            return replace(nothing, reason=Reason.TOO_SHORT)
         own = self._own(nothing, receiver, hashes)
         rest = hashes[len(own.exact) :]
-        if not rest or not share:
-            return own if own else replace(own, reason=Reason.OPTED_OUT)
-        return self._best_shared(own, receiver, rest, sender, requirement or Requirement())
+        if not rest:
+            return own
+        if not share:
+            return replace(own, reason=Reason.OPTED_OUT) if own.reason is Reason.MISS else own
+        policies = self._policies(receiver, sender)
+        if (refusal := self._refuse(receiver, sender, policies)) is not None:
+            return own if own else replace(own, reason=refusal)
+        return self._best_shared(own, rest, policies, requirement or Requirement())
 
     def load(self, match: Match, device: torch.device | str = "cpu") -> LayerStream:
-        """Starts loading `match`; tensors land on `device`."""
+        """Starts loading `match`; tensors land on `device`. Raises `UsageError` if it has no chunks."""
         options = self.options
         return LayerStream(
             self.store,
@@ -131,6 +150,7 @@ class Connector:
             device=torch.device(device),
             loaders=options.loaders,
             deadline=options.load_deadline,
+            shards=self._shards,
         )
 
     def save(self, token_ids: TokenIds, source: SourceManifest | None, *, salt: str = "") -> SaveSession:
@@ -138,22 +158,24 @@ class Connector:
 
         Chunks that are stored already with every E layer that policies need are left out. A model that
         could not be identified (`None`) saves nothing.
+
+        Raises:
+            UsageError: token ids that are no token ids.
         """
         keys: list[ChunkKey | None] = []
         e_layers: frozenset[int] = frozenset()
         if source is not None:
-            e_layers = self.policies.transition_layers(source.source_id)
             hashes = PrefixHasher(self.options.chunk_size, salt).hashes(token_ids)
-            wanted = self._keys(source.source_id, hashes)
-            keys = [None if self._has(key, e_layers) else key for key in wanted]
+            e_layers = self.policies.transition_layers(source.source_id)
+            held, _ = self._leading(source.source_id, hashes)
+            done = {info.key for info in held if e_layers <= set(info.e_layers)}
+            keys = [None if key in done else key for key in self._keys(source.source_id, hashes)]
         return SaveSession(
-            self.store,
             keys,
             chunk_size=self.options.chunk_size,
-            layers=0 if source is None else source.architecture.layers,
+            layout=None if source is None else RowLayout.of(source.architecture, self._shards),
             e_layers=e_layers,
-            codec=self.options.codec,
-            executor=self._savers,
+            publish=self._publisher.publish,
             counters=self.counters,
         )
 
@@ -162,18 +184,40 @@ class Connector:
         self.counters.add("requests", outcome.status.value)
         self.counters.add("reasons", outcome.reason.value)
         self.counters.add("exact_tokens", amount=outcome.exact_tokens)
-        self.counters.add("shared_tokens", outcome.source or "", outcome.shared_tokens)
+        if outcome.source is not None:
+            self.counters.add("shared_tokens", outcome.source, outcome.shared_tokens)
         self.counters.add("bytes_loaded", amount=outcome.bytes_loaded)
         _log.debug("%s (%s): %s", outcome.status, outcome.reason, outcome)
         return outcome
 
+    def flush(self) -> None:
+        """Waits until everything saved so far has been handed to the store, or refused by it."""
+        self._publisher.flush()
+
     def close(self) -> None:
         """Waits for what is being saved. The store stays open: it is the caller's."""
-        self._savers.shutdown(wait=True)
+        self._publisher.close()
 
-    def _refuse(self, receiver: SourceManifest | None, sender: SourceManifest | None) -> Reason | None:
-        if receiver is None:
-            return Reason.UNKNOWN_WEIGHTS
+    def _own(self, nothing: Match, receiver: SourceManifest, hashes: Sequence[str]) -> Match:
+        infos, broken = self._leading(receiver.source_id, hashes)
+        if infos:
+            return replace(nothing, reason=Reason.EXACT_HIT, exact=tuple(infos))
+        return replace(nothing, reason=Reason.STORE_UNAVAILABLE) if broken else nothing
+
+    def _policies(self, receiver: SourceManifest, sender: SourceManifest | None) -> list[Policy]:
+        """Policies whose plans fit `receiver`, of `sender` alone if one is given."""
+        policies = self.policies.for_receiver(receiver.source_id)
+        return [
+            policy
+            for policy in policies
+            if policy.layers == receiver.architecture.layers
+            and (sender is None or policy.sender == sender.source_id)
+        ]
+
+    def _refuse(
+        self, receiver: SourceManifest, sender: SourceManifest | None, policies: Sequence[Policy]
+    ) -> Reason | None:
+        """Why the caches of the `sender` that was asked for may not be used."""
         if sender is None or sender.source_id == receiver.source_id:
             return None
         try:
@@ -181,47 +225,33 @@ class Connector:
         except Incompatible as error:
             _log.warning("no sharing: %s", error)
             return Reason(error.reason)
-        known = self.policies.get(sender.source_id, receiver.source_id)
-        return Reason.NO_POLICY if known is None else None
-
-    def _own(self, nothing: Match, receiver: SourceManifest, hashes: list[str]) -> Match:
-        infos, broken = self._leading(receiver.source_id, hashes)
-        if infos:
-            return replace(nothing, reason=Reason.EXACT_HIT, exact=tuple(infos))
-        return replace(nothing, reason=Reason.STORE_UNAVAILABLE) if broken else nothing
+        return None if policies else Reason.NO_POLICY
 
     def _best_shared(
-        self,
-        own: Match,
-        receiver: SourceManifest,
-        hashes: list[str],
-        sender: SourceManifest | None,
-        requirement: Requirement,
+        self, own: Match, hashes: Sequence[str], policies: Sequence[Policy], requirement: Requirement
     ) -> Match:
         """The source with the most chunks behind the own ones; fewer recomputed layers win a tie."""
-        policies = [
-            policy
-            for policy in self.policies.for_receiver(receiver.source_id)
-            if sender is None or policy.sender == sender.source_id
-        ]
         matches = [self._shared(own, hashes, policy, requirement) for policy in policies]
         best = max(matches, key=_preference, default=own)
         return best if best.shared or not own else own
 
-    def _shared(self, own: Match, hashes: list[str], policy: Policy, requirement: Requirement) -> Match:
+    def _shared(self, own: Match, hashes: Sequence[str], policy: Policy, requirement: Requirement) -> Match:
         plan = choose(policy, requirement)
-        if plan is None:
+        # A plan that loads nothing is the receiver's own prefill, which is exact and can be saved.
+        if plan is None or not plan.loaded:
             return replace(own, reason=Reason.BELOW_FLOOR)
         infos, broken = self._leading(SourceId(policy.sender), hashes)
         usable = _with_e(infos, plan)
-        if not usable:
-            reason = Reason.E_MISSING if infos else Reason.STORE_UNAVAILABLE if broken else Reason.MISS
-            return replace(own, reason=reason)
-        return replace(
-            own, reason=Reason.CROSS_MODEL_HIT, shared=tuple(usable), plan=plan, source=policy.sender
-        )
+        if usable:
+            return replace(
+                own, reason=Reason.CROSS_MODEL_HIT, shared=tuple(usable), plan=plan, source=policy.sender
+            )
+        if infos:
+            return replace(own, reason=Reason.E_MISSING)
+        return replace(own, reason=Reason.STORE_UNAVAILABLE) if broken else own
 
-    def _leading(self, source: SourceId, hashes: list[str]) -> tuple[list[ChunkInfo], bool]:
+    def _leading(self, source: SourceId, hashes: Sequence[str]) -> tuple[list[ChunkInfo], bool]:
+        """What the store holds of these chunks, and whether it failed to say."""
         try:
             return self.store.leading(self._keys(source, hashes)), False
         except StorageError as error:
@@ -229,14 +259,7 @@ class Connector:
             _log.debug("lookup failed: %s", error)
             return [], True
 
-    def _has(self, key: ChunkKey, e_layers: frozenset[int]) -> bool:
-        try:
-            info = self.store.head(key)
-        except StorageError:
-            return False
-        return info is not None and e_layers <= set(info.e_layers)
-
-    def _keys(self, source: SourceId, hashes: list[str]) -> list[ChunkKey]:
+    def _keys(self, source: SourceId, hashes: Sequence[str]) -> list[ChunkKey]:
         return [ChunkKey(source, self.options.shard, prefix) for prefix in hashes]
 
 
@@ -245,7 +268,7 @@ def _preference(match: Match) -> tuple[int, int, bool]:
     return len(match.shared), -recomputed, match.reason is not Reason.MISS
 
 
-def _with_e(infos: list[ChunkInfo], plan: Plan) -> list[ChunkInfo]:
+def _with_e(infos: Sequence[ChunkInfo], plan: Plan) -> Sequence[ChunkInfo]:
     """The leading chunks that hold E of every transition layer of `plan`."""
     needed = set(plan.transition_layers)
     count = next((n for n, info in enumerate(infos) if not needed <= set(info.e_layers)), len(infos))

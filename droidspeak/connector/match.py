@@ -7,7 +7,7 @@ served by| own chunks | another model's, by  | prefill          |
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from droidspeak.connector.status import Reason
 from droidspeak.layerselect import Plan
@@ -52,3 +52,7 @@ class Match:
 
     def __bool__(self) -> bool:
         return bool(self.exact or self.shared)
+
+    def without_chunks(self, reason: Reason) -> Match:
+        """The match of a prompt that is prefilled after all, because of `reason`."""
+        return replace(self, reason=reason, exact=(), shared=(), plan=None, source=None)

@@ -3,24 +3,26 @@
     put(layer, k, v, e) while the prefill proceeds  ->  a chunk is published when all its rows of all
     its slots have come  ->  finish()
 
-A chunk that misses anything is never published. Saving never fails a request: what the store refuses
-is counted and forgotten.
+A chunk that misses anything is never published. Saving never fails a request and never holds it: what
+the store refuses is counted and forgotten, and so is what it is too slow to take.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
-from concurrent.futures import Executor, Future
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
+from droidspeak.connector.layout import RowLayout
 from droidspeak.errors import StorageError
 from droidspeak.storage import Chunk, ChunkKey, Counters, Slot, SlotKind, Tier
 
-__all__ = ["SaveSession"]
+__all__ = ["Publisher", "SaveSession"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,38 +49,99 @@ class _Draft:
         if self.filled[slot] == (1 << size) - 1:
             self.full.add(slot)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class Publisher:
+    """One thread that codes and writes finished chunks.
+
+    Args:
+        backlog: bytes that may wait or be written. One chunk is always accepted, however large.
+        counters: gets `chunks_saved`, `save_failures`, and `chunks_dropped` (there was no room).
+    """
+
+    def __init__(self, store: Tier, codec: str, backlog: int, counters: Counters) -> None:
+        self._store, self._codec, self._backlog, self._counters = store, codec, backlog, counters
+        self._thread = ThreadPoolExecutor(1, "droidspeak-save")
+        self._lock = threading.Lock()
+        self._nbytes = 0
+        self._closed = False
+
+    def publish(self, draft: _Draft) -> Future[bool] | None:
+        """Queues a full draft, which must not change any more; `None` if it is dropped instead."""
+        with self._lock:
+            over = self._nbytes > 0 and self._nbytes + draft.nbytes > self._backlog
+            if over or self._closed:
+                self._counters.add("chunks_dropped")
+                return None
+            self._nbytes += draft.nbytes
+            return self._thread.submit(self._publish, draft)
+
+    def flush(self) -> None:
+        """Waits until everything queued so far has been handed to the store, or refused by it."""
+        with self._lock:
+            last = None if self._closed else self._thread.submit(lambda: None)
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Flushes, and drops whatever comes later. Calling it twice is fine."""
+        with self._lock:
+            self._closed = True
+        self._thread.shutdown(wait=True)
+
+    def _publish(self, draft: _Draft) -> bool:
+        try:
+            self._store.write(Chunk.encode(draft.key, draft.tensors, codec=self._codec))
+        except StorageError as error:
+            _log.debug("chunk %s not saved: %s", draft.key, error)
+        except BaseException:  # noqa: BLE001 - saving never fails a request, whatever a tier of the user raises
+            _log.exception("chunk %s not saved", draft.key)
+        else:
+            self._counters.add("chunks_saved")
+            return True
+        finally:
+            with self._lock:
+                self._nbytes -= draft.nbytes
+        self._counters.add("save_failures")
+        return False
+
 
 class SaveSession:
-    """Collects K, V and E of one prompt's full chunks.
+    """Collects K, V and E of one prompt's full chunks. For one thread.
 
     Args:
         keys: of the chunks, in order; `None` where the store has the chunk already.
-        layers: layers of the model.
+        layout: of the model; `None` if there is nothing to save.
         e_layers: layers whose E is kept.
+
+    Attributes:
+        e_layers: layers whose E `put` wants; none if there is nothing to save.
     """
 
     def __init__(
         self,
-        store: Tier,
         keys: Sequence[ChunkKey | None],
         *,
         chunk_size: int,
-        layers: int,
+        layout: RowLayout | None,
         e_layers: Collection[int],
-        codec: str,
-        executor: Executor,
+        publish: Callable[[_Draft], Future[bool] | None],
         counters: Counters,
     ) -> None:
-        self._store, self._keys, self._size = store, keys, chunk_size
-        self._slots = {*Slot.kv(range(layers)), *(Slot(SlotKind.E, layer) for layer in e_layers)}
-        self.e_layers = frozenset(e_layers)
-        self._codec, self._executor, self._counters = codec, executor, counters
+        self._keys, self._size, self._layout = list(keys), chunk_size, layout
+        self._publish, self._counters = publish, counters
+        self.e_layers = frozenset(e_layers if self.wanted else ())
+        layers = range(layout.layers if layout else 0)
+        self._slots = {*Slot.kv(layers), *(Slot(SlotKind.E, layer) for layer in self.e_layers)}
         self._drafts: dict[int, _Draft] = {}
         self._publishing: list[Future[bool]] = []
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to save; if not, `put` does nothing."""
+        """Whether there is anything left to save; if not, `put` does nothing."""
         return any(self._keys)
 
     def put(
@@ -86,24 +149,37 @@ class SaveSession:
     ) -> None:
         """Takes a copy of one layer's rows for the tokens from `start` on.
 
+        Rows of another shape or dtype than the model's (under autocast, say) are not taken: a cache that
+        does not fit its model's manifest would be stored under the wrong name.
+
         Args:
             k, v: `[tokens, kv_heads, head_dim]`, keys after RoPE.
             e: `[tokens, hidden]`, needed where `layer` is in `e_layers`.
         """
-        rows = {Slot(SlotKind.K, layer): k, Slot(SlotKind.V, layer): v}
-        if layer in self.e_layers and e is not None:
-            rows[Slot(SlotKind.E, layer)] = e
+        given = {Slot(SlotKind.K, layer): k, Slot(SlotKind.V, layer): v, Slot(SlotKind.E, layer): e}
+        rows = {slot: t for slot, t in given.items() if t is not None and self._fits(slot, t)}
         end = start + k.shape[0]
         for index in range(start // self._size, min(math.ceil(end / self._size), len(self._keys))):
             if (key := self._keys[index]) is not None:
                 self._fill(index, key, rows, start)
 
     def finish(self, *, wait: bool = False) -> int:
-        """Ends the session; chunks published (all that came if `wait`, else those done by now)."""
+        """Ends the session: what is not whole by now is abandoned (counter `chunks_abandoned`).
+
+        Returns:
+            Chunks stored: all of the session's if `wait`, else those that are by now.
+        """
         if self._drafts:
             self._counters.add("chunks_abandoned", amount=len(self._drafts))
             self._drafts.clear()
+        self._keys.clear()
         return sum(done.result() for done in self._publishing if wait or done.done())
+
+    def _fits(self, slot: Slot, rows: torch.Tensor) -> bool:
+        layout = self._layout
+        if layout is None or slot not in self._slots:
+            return False
+        return rows.dtype == layout.dtype and tuple(rows.shape[1:]) == layout.row(slot)
 
     def _fill(self, index: int, key: ChunkKey, rows: dict[Slot, torch.Tensor], start: int) -> None:
         draft = self._drafts.setdefault(index, _Draft(key))
@@ -113,14 +189,6 @@ class SaveSession:
             draft.take(slot, tensor[low - start : high - start], low - first, self._size)
         if len(draft.full) == len(self._slots):
             del self._drafts[index]
-            self._publishing.append(self._executor.submit(self._publish, draft))
-
-    def _publish(self, draft: _Draft) -> bool:
-        try:
-            self._store.write(Chunk.encode(draft.key, draft.tensors, codec=self._codec))
-        except StorageError as error:
-            self._counters.add("save_failures")
-            _log.debug("chunk %s not saved: %s", draft.key, error)
-            return False
-        self._counters.add("chunks_saved")
-        return True
+            self._keys[index] = None
+            if (publishing := self._publish(draft)) is not None:
+                self._publishing.append(publishing)

@@ -17,25 +17,34 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from droidspeak.connector.layout import RowLayout
 from droidspeak.connector.match import Match
 from droidspeak.connector.status import Reason
-from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, LoadFailed, StorageError, TierTimeout
-from droidspeak.layerselect import Plan
-from droidspeak.storage import ChunkInfo, ChunkKey, Slot, SlotKind, Tier
+from droidspeak.errors import (
+    ChunkCorrupt,
+    ChunkIncomplete,
+    LoadFailed,
+    StorageError,
+    TierTimeout,
+    UsageError,
+)
+from droidspeak.layerselect import Action, Plan
+from droidspeak.storage import Chunk, ChunkInfo, ChunkKey, Slot, SlotKind, Tier
 
 __all__ = ["LayerStream"]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Slots of one chunk, and the tokens that they fill."""
+    """Slots of one chunk, and the rows that they fill."""
 
     key: ChunkKey
     slots: tuple[Slot, ...]
@@ -49,27 +58,39 @@ class LayerStream:
         device: where the tensors are wanted.
         loaders: threads that read and decode.
         deadline: seconds from now until the last await must be answered.
+        shards: tensor-parallel shards that the receiver is split over.
+
+    Attributes:
+        bytes_loaded: stored bytes that have come so far.
+        wait_seconds: time for which awaits stood still.
+
+    Raises:
+        UsageError: a match without chunks.
     """
 
     def __init__(
-        self, store: Tier, match: Match, *, device: torch.device, loaders: int = 2, deadline: float = 30.0
+        self,
+        store: Tier,
+        match: Match,
+        *,
+        device: torch.device,
+        loaders: int = 2,
+        deadline: float = 30.0,
+        shards: int = 1,
     ) -> None:
-        self._store, self._match = store, match
-        self._ends_at = time.monotonic() + deadline
         if match.receiver is None or not match:
-            raise ValueError("a match without chunks cannot be loaded")
-        shape = match.receiver.architecture
-        self._dtype: torch.dtype = getattr(torch, shape.dtype)
-        self._kv_shape = (match.tokens, shape.kv_heads, shape.head_dim)
-        self._e_shape = (match.shared_tokens, shape.hidden_size)
-        self._device = device
-        self._plan = match.plan or Plan.parse("reuse", shape.layers)
+            raise UsageError("a match without chunks cannot be loaded")
+        self._ends_at = time.monotonic() + deadline
+        self._store, self._match, self._device = store, match, device
+        self._layout = RowLayout.of(match.receiver.architecture, shards)
+        self._plan = match.plan or Plan.recompute(self._layout.layers, ())
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
         self._tensors: dict[Slot, torch.Tensor] = {}
         self._jobs = deque(self._schedule())
         self._missing = Counter(slot for job in self._jobs for slot in job.slots)
+        self._reading: Counter[ChunkKey] = Counter()
         self.bytes_loaded = 0
         self.wait_seconds = 0.0
         for n in range(min(loaders, len(self._jobs))):
@@ -80,28 +101,35 @@ class LayerStream:
 
         Raises:
             LoadFailed: the stream has ended; its `reason` says why.
+            UsageError: no transition layer of the plan, or the stream was closed.
         """
+        if layer not in self._plan.transition_layers:
+            raise UsageError(f"plan {self._plan} has no transition layer {layer}")
         slot = Slot(SlotKind.E, layer)
         self._wait([slot])
-        return self._tensors[slot]
+        return self._place(slot)
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `layer`, each `[tokens, kv_heads, head_dim]`.
 
-        Of a recomputed layer only the first `exact_tokens` rows are filled.
+        Of a recomputed layer only the exact tokens are there.
 
         Raises:
             LoadFailed: the stream has ended; its `reason` says why.
+            UsageError: no layer of the model, or the stream was closed.
         """
+        if not 0 <= layer < self._layout.layers:
+            raise UsageError(f"layer {layer}: the model has layers 0-{self._layout.layers - 1}")
         k, v = Slot.kv([layer])
         self._wait([k, v])
         return self._place(k), self._place(v)
 
     def close(self) -> None:
-        """Stops loading. Jobs under way end on their own."""
+        """Stops loading. Reads under way end on their own, into memory that nobody else gets."""
         with self._changed:
             self._closed = True
             self._jobs.clear()
+            self._changed.notify_all()
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +139,8 @@ class LayerStream:
     ) -> None:
         self.close()
 
+    # --- what to load, and where to ---
+
     def _schedule(self) -> Iterator[_Job]:
         plan, match = self._plan, self._match
         for layer in plan.transition_layers:
@@ -118,85 +148,122 @@ class LayerStream:
         recomputed = [layer for group in plan.groups for layer in group]
         yield from self._jobs_of(match.exact, Slot.kv(recomputed))
         for batch in self._batches(plan.loaded):
-            yield from self._jobs_of(match.exact, Slot.kv(batch))
-            yield from self._jobs_of(match.shared, Slot.kv(batch))
+            slots = Slot.kv(batch)
+            yield from self._jobs_of(match.exact, slots)
+            yield from self._jobs_of(match.shared, slots, match.exact_tokens)
 
-    def _jobs_of(self, infos: tuple[ChunkInfo, ...], slots: list[Slot]) -> Iterator[_Job]:
-        size, before = self._match.chunk_size, len(self._match.exact)
-        own = infos is self._match.exact
-        if not slots:
-            return
-        for n, info in enumerate(infos):
-            first = (n if own or slots[0].kind is SlotKind.E else n + before) * size
-            yield _Job(info.key, tuple(slots), slice(first, first + size))
+    def _jobs_of(self, infos: Sequence[ChunkInfo], slots: Sequence[Slot], first: int = 0) -> Iterator[_Job]:
+        """`slots` of each chunk of `infos`, whose rows lie one after the other from row `first` on."""
+        size = self._match.chunk_size
+        for n, info in enumerate(infos if slots else ()):
+            start = first + n * size
+            yield _Job(info.key, tuple(slots), slice(start, start + size))
 
-    def _batches(self, layers: tuple[int, ...]) -> Iterator[list[int]]:
-        """Neighbouring layers whose bytes in one chunk make one good request."""
-        per_layer = 2 * self._match.chunk_size * self._kv_shape[1] * self._kv_shape[2] * self._dtype.itemsize
-        count = max(1, self._store.best_read // per_layer)
+    def _batches(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Layers in order, as many at a time as make one good request of one chunk's bytes."""
+        count = max(1, self._store.best_read // (self._match.chunk_size * self._layout.kv_bytes))
         for start in range(0, len(layers), count):
-            yield list(layers[start : start + count])
+            yield layers[start : start + count]
+
+    def _place(self, slot: Slot) -> torch.Tensor:
+        """The tensor of `slot`, made when it is first needed."""
+        with self._changed:
+            if slot not in self._tensors:
+                shape = (self._rows(slot), *self._layout.row(slot))
+                self._tensors[slot] = torch.empty(shape, dtype=self._layout.dtype, device=self._device)
+            return self._tensors[slot]
+
+    def _rows(self, slot: Slot) -> int:
+        if slot.kind is SlotKind.E:
+            return self._match.shared_tokens
+        recomputed = self._plan.actions[slot.layer] is Action.RECOMPUTE
+        return self._match.exact_tokens if recomputed else self._match.tokens
+
+    # --- loading ---
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
             try:
                 loaded = self._load(job)
             except StorageError as error:
-                self._fail(LoadFailed(_reason(error), str(error)))
-                return
-            except BaseException as error:
-                self._fail(error)
-                raise
-            self._arrived(job, loaded)
+                self._failed(job, error)
+            except BaseException as error:  # noqa: BLE001 - whoever awaits a layer gets it
+                self._end(error)
+            else:
+                self._arrived(job, loaded)
 
     def _next(self) -> _Job | None:
         with self._changed:
-            if self._closed or self._error is not None or not self._jobs:
+            if not self._jobs:
                 return None
-            return self._jobs.popleft()
+            job = self._jobs.popleft()
+            self._reading[job.key] += 1
+            return job
 
     def _load(self, job: _Job) -> int:
         into = {slot: self._place(slot)[job.rows] for slot in job.slots}
-        chunk = self._store.read(job.key, job.slots, into)
-        if chunk is None:
-            raise ChunkIncomplete(f"chunk {job.key} is gone")
+        chunk = self._read(job, into)
         for slot in job.slots:
             chunk.tensor(slot, into[slot])
         return sum(chunk.payload[slot].numel() for slot in job.slots)
 
-    def _place(self, slot: Slot) -> torch.Tensor:
-        with self._changed:
-            if slot not in self._tensors:
-                shape = self._e_shape if slot.kind is SlotKind.E else self._kv_shape
-                self._tensors[slot] = torch.empty(shape, dtype=self._dtype, device=self._device)
-            return self._tensors[slot]
+    def _read(self, job: _Job, into: dict[Slot, torch.Tensor]) -> Chunk:
+        try:
+            chunk = self._store.read(job.key, job.slots, into)
+        except ChunkCorrupt:
+            # Before anybody hears of it: the prefill that follows must find the place free to save.
+            with suppress(StorageError):
+                self._store.quarantine(job.key)
+            raise
+        if chunk is None:
+            raise ChunkIncomplete(f"chunk {job.key} is gone")
+        return chunk
 
     def _arrived(self, job: _Job, loaded: int) -> None:
         with self._changed:
             self.bytes_loaded += loaded
             self._missing.subtract(job.slots)
+            self._reading[job.key] -= 1
             self._changed.notify_all()
 
-    def _fail(self, error: BaseException) -> None:
+    def _failed(self, job: _Job, error: StorageError) -> None:
+        with self._changed:
+            self._reading[job.key] -= 1
+            if isinstance(error, ChunkIncomplete):
+                # Another loader may be about to tell that the chunk is gone because it was corrupt.
+                self._changed.wait_for(
+                    lambda: self._error is not None or not self._reading[job.key], self._seconds_left()
+                )
+            self._end(LoadFailed(_reason(error), str(error)))
+
+    def _end(self, error: BaseException) -> None:
+        """Ends the stream with `error`, unless it has ended already."""
         with self._changed:
             self._error = self._error or error
             self._jobs.clear()
             self._changed.notify_all()
 
-    def _wait(self, slots: list[Slot]) -> None:
+    # --- waiting ---
+
+    def _wait(self, slots: Sequence[Slot]) -> None:
         started = time.monotonic()
         with self._changed:
-            left = max(0.0, self._ends_at - started)
-            done = self._changed.wait_for(lambda: self._error is not None or self._here(slots), left)
+            self._changed.wait_for(lambda: self._settled(slots), self._seconds_left())
             self.wait_seconds += time.monotonic() - started
+            if not self._settled(slots):
+                self._end(LoadFailed(Reason.TIMEOUT, "the store did not deliver before the deadline"))
             if self._error is not None:
                 raise self._error
-            if not done:
-                self._error = LoadFailed(Reason.TIMEOUT, "the store did not deliver before the deadline")
-                self._jobs.clear()
-                raise self._error
+            if not self._here(slots):
+                raise UsageError("the stream was closed before these layers had come")
 
-    def _here(self, slots: list[Slot]) -> bool:
+    def _seconds_left(self) -> float:
+        return max(0.0, self._ends_at - time.monotonic())
+
+    def _settled(self, slots: Sequence[Slot]) -> bool:
+        return self._error is not None or self._closed or self._here(slots)
+
+    def _here(self, slots: Sequence[Slot]) -> bool:
         return all(self._missing[slot] == 0 for slot in slots)
 
 

@@ -4,10 +4,14 @@
 receiver's own layer. Recomputed layers form contiguous groups; one group is the rule, because each
 further transition point starts from another E of the sender and adds its error to all later layers
 (paper, Figure 10).
+
+A plan is written as its recompute groups, `"2-3,6-7"`, or `"reuse"` (none) or `"full"` (all layers).
+Mapped layers have no text form.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +20,8 @@ from functools import cached_property
 from droidspeak.errors import UsageError
 
 __all__ = ["Action", "Group", "Plan"]
+
+_GROUP = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
 class Action(StrEnum):
@@ -49,11 +55,10 @@ class Group:
     @classmethod
     def parse(cls, text: str) -> Group:
         """From `"4-7"` or `"4"`. Raises `UsageError`."""
-        first, _, last = text.strip().partition("-")
-        try:
-            return cls(int(first), int(last or first))
-        except ValueError:
-            raise UsageError(f"recompute group {text!r}: allowed is START-END, such as 4-7") from None
+        match = _GROUP.fullmatch(text.strip())
+        if match is None:
+            raise UsageError(f"recompute group {text!r}: allowed is START-END, such as 4-7")
+        return cls(int(match[1]), int(match[2] or match[1]))
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,10 @@ class Plan:
 
     @classmethod
     def recompute(cls, layers: int, groups: Iterable[Group]) -> Plan:
-        """Recomputes `groups` of a model of `layers` layers and reuses the rest. Raises `UsageError`."""
+        """Recomputes `groups` of a model of `layers` layers and reuses the rest. Raises `UsageError`.
+
+        Groups that touch or overlap become one.
+        """
         actions = [Action.REUSE] * layers
         for group in groups:
             if group.end >= layers:

@@ -1,4 +1,4 @@
-"""Changes of one key happen one after the other, and leave a stamp.
+"""Changes of one key happen one after the other, in the order in which they came, and leave a stamp.
 
 Whoever read a chunk and wants to keep it somewhere compares the stamp from before the read with the one
 in its own turn: if they differ, what was read may no longer be what is stored.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from droidspeak.storage.keys import ChunkKey
 
@@ -18,18 +17,12 @@ __all__ = ["Changes"]
 _STAMPS = 4096
 
 
-@dataclass
-class _Turn:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    users: int = 0
-
-
 class Changes:
     """Turns and stamps by key. Keys share stamps, so a stamp may change without a change of its key."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._turns: dict[ChunkKey, _Turn] = {}
+        self._changed = threading.Condition()
+        self._turns: dict[ChunkKey, list[object]] = {}
         self._stamps = [0] * _STAMPS
 
     def stamp(self, key: ChunkKey) -> int:
@@ -39,21 +32,17 @@ class Changes:
     @contextmanager
     def turn(self, key: ChunkKey) -> Iterator[None]:
         """The only change of `key` at this time. The stamp changes at its end."""
-        with self._lock:
-            turn = self._turns.setdefault(key, _Turn())
-            turn.users += 1
+        with self._changed:
+            queue = self._turns.setdefault(key, [])
+            queue.append(me := object())
         try:
-            with turn.lock:
-                try:
-                    yield
-                finally:
-                    self._mark(key)
+            with self._changed:
+                self._changed.wait_for(lambda: queue[0] is me)
+            yield
         finally:
-            with self._lock:
-                turn.users -= 1
-                if not turn.users:
+            with self._changed:
+                queue.remove(me)
+                if not queue:
                     del self._turns[key]
-
-    def _mark(self, key: ChunkKey) -> None:
-        with self._lock:
-            self._stamps[hash(key) % _STAMPS] += 1
+                self._stamps[hash(key) % _STAMPS] += 1
+                self._changed.notify_all()

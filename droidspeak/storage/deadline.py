@@ -1,7 +1,8 @@
 """Calls with a deadline, on daemon threads: what hangs is left behind.
 
 A call that overstays keeps its thread until it ends. It holds neither its caller nor the end of the
-process, but whatever it was given stays alive for it, and it may still take effect.
+process, but whatever it was given stays alive for it, and it may still take effect. One that has not
+begun when its caller gives up never will, and lets go of what it was given at once.
 """
 
 from __future__ import annotations
@@ -10,14 +11,40 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from droidspeak.errors import TierTimeout, TierUnavailable
 
 __all__ = ["DeadlineThreads"]
 
 T = TypeVar("T")
-_Job = tuple[Future[Any], Callable[[], Any]]
+
+
+@dataclass
+class _Job(Generic[T]):
+    """A call, and what comes of it."""
+
+    call: Callable[[], T] | None
+    future: Future[T] = field(default_factory=Future)
+
+    def make(self) -> None:
+        call, self.call = self.call, None
+        if call is None or not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is handed to the caller, whatever it is
+            self.future.set_exception(error)
+            # The error's traceback keeps this frame, which must not keep the error: nobody would let go.
+            del self
+
+    def cancel(self) -> bool:
+        """Whether the call had not begun, and never will."""
+        cancelled = self.future.cancel()
+        if cancelled:
+            self.call = None
+        return cancelled
 
 
 class DeadlineThreads:
@@ -30,27 +57,20 @@ class DeadlineThreads:
 
     def __init__(self, count: int, name: str) -> None:
         self._count, self._name = count, name
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._outstanding = 0
-        self._last: _Job | None = None
+        self._last: _Job[None] | None = None
 
     def run(self, call: Callable[[], T], deadline: float) -> T:
         """The call's answer, or its error.
 
         Raises:
-            TierTimeout: no answer after `deadline` s. A call that has not begun by then never will.
+            TierTimeout: no answer after `deadline` s.
             TierUnavailable: the threads are closed.
         """
-        future: Future[T] = Future()
-        with self._lock:
-            if self._last is not None:
-                raise TierUnavailable(f"{self._name} is closed")
-            self._outstanding += 1
-            self._start_if(self._outstanding > self._threads)
-            self._jobs.put((future, call))
-        return self._await(future, deadline)
+        return self._await(self._submit(call), deadline)
 
     def close(self, last: Callable[[], None], deadline: float) -> None:
         """Makes the call `last` when all others have ended, then ends the threads. Once.
@@ -58,24 +78,35 @@ class DeadlineThreads:
         Raises:
             TierTimeout: that took longer than `deadline` s; it will still happen.
         """
-        future: Future[None] = Future()
         with self._lock:
             if self._last is not None:
                 return
-            self._last = (future, last)
+            self._last = job = _Job(last)
             self._start_if(self._threads == 0)
             for _ in range(self._threads):
                 self._jobs.put(None)
-        self._await(future, deadline)
+        self._await(job, deadline, cancel=False)
 
-    def _await(self, future: Future[T], deadline: float) -> T:
+    def _submit(self, call: Callable[[], T]) -> _Job[T]:
+        job = _Job(call)
+        with self._lock:
+            if self._last is not None:
+                raise TierUnavailable(f"{self._name} is closed")
+            self._outstanding += 1
+            self._start_if(self._outstanding > self._threads)
+            self._jobs.put(job)
+        return job
+
+    def _await(self, job: _Job[T], deadline: float, *, cancel: bool = True) -> T:
         try:
-            return future.result(deadline)
+            return job.future.result(deadline)
         except TimeoutError:
             # A `TierTimeout` of the call's own comes by here too: then the call is done.
-            if future.cancel() or not future.done():
+            if (cancel and job.cancel()) or not job.future.done():
                 raise TierTimeout(f"{self._name} did not answer within {deadline:g} s") from None
-            return future.result()
+            return job.future.result()
+        finally:
+            del job  # as in `_Job.make`
 
     def _start_if(self, needed: bool) -> None:
         if needed and self._threads < self._count:
@@ -84,8 +115,8 @@ class DeadlineThreads:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            _make(*job)
-            # What the call was given must not stay alive while the thread waits for the next one.
+            job.make()
+            # Its answer must not stay alive while the thread waits for the next one.
             del job
             with self._lock:
                 self._outstanding -= 1
@@ -93,13 +124,4 @@ class DeadlineThreads:
             self._threads -= 1
             last = self._last if self._threads == 0 else None
         if last:
-            _make(*last)
-
-
-def _make(future: Future[Any], call: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(call())
-    except BaseException as error:  # noqa: BLE001 - it is handed to the caller, whatever it is
-        future.set_exception(error)
+            last.make()

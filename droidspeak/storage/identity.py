@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from droidspeak.errors import Incompatible, UnknownIdentity
+from droidspeak.storage.digests import cache_folder, canonical, read_json, tokenizer_digest, weights_digest
 from droidspeak.storage.keys import SourceId
 
 __all__ = [
@@ -30,7 +27,6 @@ __all__ = [
     "Mismatch",
     "SourceManifest",
     "cache_folder",
-    "digest_file",
     "require_compatible",
     "tokenizer_digest",
     "weights_digest",
@@ -38,14 +34,6 @@ __all__ = [
 
 KV_LAYOUT = "token-major-1"
 """Layout of stored tensors: `[tokens, kv_heads, head_dim]`, keys after RoPE."""
-
-_OLDER_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
 
 
 class Mismatch(StrEnum):
@@ -87,10 +75,10 @@ class Architecture:
             dtype: the dtype the model really runs in, if it differs from the config's.
 
         Raises:
-            UnknownIdentity: a needed entry is missing.
+            UnknownIdentity: an entry is missing or is not what it should be.
         """
-        text = {**config, **(config.get("text_config") or {})}
         try:
+            text = {**config, **(config.get("text_config") or {})}
             heads = int(text["num_attention_heads"])
             hidden = int(text["hidden_size"])
             return cls(
@@ -100,8 +88,8 @@ class Architecture:
                 head_dim=int(text.get("head_dim") or hidden // heads),
                 hidden_size=hidden,
                 vocab_size=int(text["vocab_size"]),
-                rope=_canonical(_rope(text)),
-                attention=_canonical(_attention(text)),
+                rope=canonical(_rope(text)),
+                attention=canonical(_attention(text)),
                 dtype=_dtype_name(dtype or text.get("dtype") or text.get("torch_dtype")),
             )
         except UnknownIdentity:
@@ -158,10 +146,6 @@ def _dtype_name(dtype: Any) -> str:
     return str(known).removeprefix("torch.")
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
 @dataclass(frozen=True)
 class SourceManifest:
     """Everything that a KV cache depends on.
@@ -184,7 +168,7 @@ class SourceManifest:
 
     @property
     def source_id(self) -> SourceId:
-        return SourceId(hashlib.sha256(_canonical(dataclasses.asdict(self)).encode()).hexdigest())
+        return SourceId(hashlib.sha256(canonical(dataclasses.asdict(self)).encode()).hexdigest())
 
     @classmethod
     def from_folder(
@@ -196,7 +180,7 @@ class SourceManifest:
             UnknownIdentity: no `config.json`, no safetensors weights, or no dtype.
         """
         folder = Path(folder)
-        architecture = Architecture.from_config(_read_json(folder / "config.json"), dtype)
+        architecture = Architecture.from_config(read_json(folder / "config.json"), dtype)
         return cls(
             weights=weights_digest(folder),
             architecture=architecture,
@@ -226,137 +210,4 @@ def require_compatible(sender: SourceManifest, receiver: SourceManifest) -> None
 
 def _shape(architecture: Architecture) -> str:
     fields = dataclasses.asdict(architecture)
-    return _canonical({key: value for key, value in fields.items() if key not in ("rope", "dtype")})
-
-
-def weights_digest(folder: Path, stem: str = "model") -> str:
-    """SHA-256 over the safetensors shards of `folder` and their names.
-
-    A folder with both one file and an index of shards has all of them counted: which ones are loaded is
-    up to the engine. Adapter folders (`stem="adapter_model"`) include `adapter_config.json`: rank and
-    scale matter.
-
-    Raises:
-        UnknownIdentity: no safetensors weights, or a shard that cannot be read.
-    """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    names = _shards(index) if index.is_file() else []
-    if single.is_file() or not names:
-        names.append(single.name)
-    if stem == "adapter_model":
-        names.append("adapter_config.json")
-    return _digest_of([(name, digest_file(folder / name)) for name in names])
-
-
-def _shards(index: Path) -> list[str]:
-    table = _read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise UnknownIdentity(f"{index} has no weight_map")
-    return sorted(set(table.values()))
-
-
-def tokenizer_digest(folder: Path, vocab_size: int) -> str:
-    """SHA-256 over the tokenizer's files; `"ids:<vocab size>"` for a folder that has none.
-
-    Only what decides token ids counts: chat templates and settings of padding and truncation do not.
-    """
-    if (folder / "tokenizer.json").is_file():
-        return digest_file(folder / "tokenizer.json", _tokenizer_rules)
-    # What older formats need instead of tokenizer.json.
-    present = [name for name in _OLDER_TOKENIZER_FILES if (folder / name).is_file()]
-    if not present:
-        return f"ids:{vocab_size}"
-    return _digest_of([(name, digest_file(folder / name)) for name in present])
-
-
-def _tokenizer_rules(file: BinaryIO) -> str:
-    """SHA-256 of a `tokenizer.json` without layout, padding and truncation: trainers leave theirs in it."""
-    content = json.load(file)
-    return _digest_of({key: content[key] for key in content if key not in ("padding", "truncation")})
-
-
-def _digest_of(parts: Any) -> str:
-    return hashlib.sha256(_canonical(parts).encode()).hexdigest()
-
-
-def _whole_file(file: BinaryIO) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_file(path: Path, how: Callable[[BinaryIO], str] = _whole_file) -> str:
-    """Digest of a file, remembered for as long as the file is the same and has not been touched.
-
-    Args:
-        how: what to digest; SHA-256 of all bytes by default.
-
-    Raises:
-        UnknownIdentity: the file cannot be read, or has changed while it was read.
-    """
-    try:
-        with path.open("rb") as file:
-            state = _state(file)
-            memory = _DigestMemory(path, how.__name__)
-            if (known := memory.get(state)) is not None:
-                return known
-            digest = how(file)
-            if _state(file) != state:
-                raise UnknownIdentity(f"{path} cannot be identified: it is being changed")
-    except OSError as error:
-        raise UnknownIdentity(f"{path} cannot be identified: {error.strerror or error}") from None
-    except (ValueError, AttributeError, TypeError) as error:
-        if isinstance(error, UnknownIdentity):
-            raise
-        raise UnknownIdentity(f"{path} cannot be identified: {error}") from None
-    memory.put(state, digest)
-    return digest
-
-
-def _state(file: BinaryIO) -> list[int]:
-    """Differs whenever the content may: two models of one architecture have files of one size, and a
-    renamed or unpacked file may bring any modification time with it."""
-    status = os.fstat(file.fileno())
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-class _DigestMemory:
-    """Remembers the digest of one path, in a file of its own in the cache folder.
-
-    It only saves time: unreadable or unwritable is the same as empty.
-    """
-
-    def __init__(self, path: Path, how: str) -> None:
-        name = hashlib.sha256(f"{path.resolve()}\n{how}".encode()).hexdigest()
-        self._file = cache_folder() / "digests" / f"{name[:32]}.json"
-
-    def get(self, state: list[int]) -> str | None:
-        try:
-            content = json.loads(self._file.read_text())
-        except (OSError, ValueError):
-            return None
-        known = content.get("digest") if isinstance(content, dict) and content.get("state") == state else None
-        return known if isinstance(known, str) else None
-
-    def put(self, state: list[int], digest: str) -> None:
-        with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._file.parent) as folder:
-                new = Path(folder, "new")
-                new.write_text(json.dumps({"state": state, "digest": digest}))
-                new.replace(self._file)
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for DroidSpeak (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "droidspeak"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UnknownIdentity(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UnknownIdentity(f"{path} is not JSON") from None
-    if not isinstance(content, dict):
-        raise UnknownIdentity(f"{path} is not a JSON object")
-    return content
+    return canonical({key: value for key, value in fields.items() if key not in ("rope", "dtype")})

@@ -122,15 +122,15 @@ class Level:
             raise TierUnavailable(f"tier {self.name}: chunk {chunk.key} found no room in the write queue")
 
     def _write_back(self, chunk: Chunk) -> None:
-        try:
-            with self._changing(chunk.key):
+        with self._changing(chunk.key):
+            try:
                 self.tier.write(chunk)
-        except StorageError as error:
-            self._counters.add("write_failures", self.name)
-            _log.debug("chunk %s not written to tier %s: %s", chunk.key, self.name, error)
-            if isinstance(error, TierFull):
-                with suppress(StorageError):
-                    self.tier.delete(chunk.key)
+            except StorageError as error:
+                self._counters.add("write_failures", self.name)
+                _log.debug("chunk %s not written to tier %s: %s", chunk.key, self.name, error)
+                if isinstance(error, TierFull):
+                    with suppress(StorageError):
+                        self.tier.delete(chunk.key)
 
     def delete(self, key: ChunkKey, timeout: float) -> bool:
         """Removes `key` here, waiting to be written or not; whether it was there.
@@ -141,6 +141,13 @@ class Level:
         waited = self._backlog.cancel(key, timeout) if self._backlog else False
         with self._changing(key):
             return self.tier.delete(key) or waited
+
+    def quarantine(self, key: ChunkKey, timeout: float) -> None:
+        """As of a tier, and drops what waits to be written under `key`. Raises as `delete`."""
+        if self._backlog:
+            self._backlog.cancel(key, timeout)
+        with self._changing(key):
+            self.tier.quarantine(key)
 
     @contextmanager
     def _changing(self, key: ChunkKey) -> Iterator[None]:

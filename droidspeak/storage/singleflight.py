@@ -17,7 +17,7 @@ T = TypeVar("T")
 @dataclass
 class _Flight(Generic[T]):
     landed: threading.Event = field(default_factory=threading.Event)
-    joined: bool = False
+    joined: int = 0
     shared: list[T] = field(default_factory=list)
     error: StorageError | None = None
 
@@ -62,7 +62,7 @@ class SingleFlight(Generic[T]):
         with self._lock:
             flight = self._flights.get(name)
             if flight is not None:
-                flight.joined = True
+                flight.joined += 1
                 return flight, False
             flight = self._flights[name] = _Flight()
             return flight, True
@@ -70,19 +70,21 @@ class SingleFlight(Generic[T]):
     def _fly(self, name: tuple[Hashable, Hashable], flight: _Flight[T], call: Callable[[], T]) -> T:
         try:
             value = call()
-            self._close(name, flight)
-            if flight.joined:
+            if self._close(name, flight):
                 flight.shared.append(self._share(value))
             return value
         except StorageError as error:
-            flight.error = error
+            # Only for others: a kept error keeps what its traceback knows, the caller's memory too.
+            if self._close(name, flight):
+                flight.error = error
             raise
         finally:
             self._close(name, flight)
             flight.landed.set()
 
-    def _close(self, name: tuple[Hashable, Hashable], flight: _Flight[T]) -> None:
-        """From now on nobody joins."""
+    def _close(self, name: tuple[Hashable, Hashable], flight: _Flight[T]) -> bool:
+        """From now on nobody joins; whether anybody has."""
         with self._lock:
             if self._flights.get(name) is flight:
                 del self._flights[name]
+            return flight.joined > 0

@@ -133,8 +133,27 @@ class TieredStore(Tier):
 
         After a `TierTimeout` the late call may still write into `into`, so no other tier is asked.
         """
-        stamp = self._changes.stamp(key)
         errors: list[StorageError] = []
+        try:
+            chunk = self._read_first(key, slots, into, errors)
+            if chunk is None and errors:
+                raise min(errors, key=_telling)
+        finally:
+            # Tracebacks keep frames, and this one the errors: the caller's memory would wait for the
+            # garbage collector.
+            errors.clear()
+        if chunk is None:
+            self.counters.add("misses")
+        return chunk
+
+    def _read_first(
+        self,
+        key: ChunkKey,
+        slots: Collection[Slot] | None,
+        into: Mapping[Slot, torch.Tensor] | None,
+        errors: list[StorageError],
+    ) -> Chunk | None:
+        stamp = self._changes.stamp(key)
         for index, level in enumerate(self._levels):
             try:
                 chunk = level.read(key, slots, into)
@@ -148,9 +167,6 @@ class TieredStore(Tier):
                 if index and self._promoter:
                     self._promoter.offer(index, chunk, stamp, owned=bool(into))
                 return chunk
-        if errors:
-            raise min(errors, key=_telling)
-        self.counters.add("misses")
         return None
 
     def write(self, chunk: Chunk) -> None:
@@ -228,11 +244,11 @@ class TieredStore(Tier):
         return self._anywhere(lambda level: level.tier.unpin(key))
 
     def quarantine(self, key: ChunkKey) -> None:
-        def quarantine(level: Level) -> bool:
-            level.tier.quarantine(key)
-            return True
-
-        self._anywhere(quarantine)
+        """As of a tier, in all tiers that answer. Raises if none does."""
+        with self._changes.turn(key):
+            _, errors = self._everywhere(lambda level: level.quarantine(key, self._options.put_timeout))
+        if len(errors) == len(self._levels):
+            raise errors[0]
 
     def _anywhere(self, change: Callable[[Level], bool]) -> bool:
         """Whether it was done in any tier. Raises if it was not, and a tier failed."""
@@ -241,11 +257,11 @@ class TieredStore(Tier):
             raise errors[0]
         return there
 
-    def _everywhere(self, change: Callable[[Level], bool]) -> tuple[bool, list[StorageError]]:
+    def _everywhere(self, change: Callable[[Level], bool | None]) -> tuple[bool, list[StorageError]]:
         there, errors = False, []
         for level in self._levels:
             try:
-                there |= change(level)
+                there |= bool(change(level))
             except StorageError as error:
                 errors.append(error)
         return there, errors

@@ -11,7 +11,7 @@ are never saved. Whatever is wrong with the cache, the model prefills and the ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +26,20 @@ from droidspeak.connector import Connector, ConnectorOptions, LayerStream, Match
 from droidspeak.errors import LoadFailed, UsageError
 from droidspeak.integrations.transformers.decoder import Decoder
 from droidspeak.integrations.transformers.identity import ModelIdentity
-from droidspeak.integrations.transformers.kv import KV, past_key_values, plan_batch, stack
+from droidspeak.integrations.transformers.kv import KV, empty_cache, past_key_values, plan_batch, stack
 from droidspeak.integrations.transformers.partial import partial_prefill
 from droidspeak.layerselect import Plan, PolicySet, Requirement
 from droidspeak.storage import SourceManifest, Tier
 
 __all__ = ["DroidSpeak", "Generation", "Prefix"]
+
+# Modes of `generate` that would read the prompt anew over its prefix, and say something else.
+_WITHOUT_PREFIX = (
+    "assistant_early_exit",
+    "assistant_model",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Prefix:
     @property
     def past_key_values(self) -> DynamicCache:
         """A new cache over `layers` at each call; using one does not change another."""
-        return past_key_values(self.config, self.layers) if self.layers else DynamicCache(config=self.config)
+        return past_key_values(self.config, self.layers) if self.layers else empty_cache(self.config)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ class DroidSpeak:
         store: a tier, usually a `TieredStore`; stays the caller's to close.
         policies: which other models' caches may be used, and how.
         folder: the unchanged folder that weights and tokenizer were loaded from; it makes this model the
-            same source in every process. Without it the weights are hashed in memory.
+            same source in every process. Without it the weights are hashed in memory. Give it after
+            the model has found its device and dtype.
         options: chunk size, codec, deadlines.
         save: keep what this model prefills.
         requirement: what plans must reach, unless a call says otherwise.
@@ -98,6 +107,8 @@ class DroidSpeak:
         self.connector = Connector(store, policies, options)
         self._identity = ModelIdentity(model, folder)
         self._save, self._requirement = save, requirement
+        # Now, while the folder still is what the model was loaded from.
+        self._identity.manifest()
 
     @property
     def manifest(self) -> SourceManifest | None:
@@ -137,11 +148,8 @@ class DroidSpeak:
             requirement=requirement or self._requirement,
             share=share,
         )
-        prefix = self._from_store(ids, match) if match else None
-        if prefix is None or isinstance(prefix, Reason):
-            match = replace(match, reason=prefix or match.reason, exact=(), shared=(), plan=None, source=None)
-            prefix = Prefix(self.decoder.config, (), _outcome(match))
-        if not match.shared:
+        prefix = self._load(ids, match) if match else Prefix(self.decoder.config, (), _outcome(match))
+        if not prefix.outcome.shared_tokens:
             prefix = self._prefill_rest(ids, prefix, receiver, salt)
         self.connector.record(prefix.outcome)
         return prefix
@@ -165,23 +173,33 @@ class DroidSpeak:
             options: for `model.generate`.
 
         Raises:
-            UsageError: prompts that are not left-padded.
+            UsageError: prompts that are not left-padded, or a mode of `generate` that takes no prefix.
         """
+        copies = _copies(self.model, options)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if input_ids.ndim != 2 or mask.shape != input_ids.shape:
+            raise UsageError(
+                f"prompts and mask must be [batch, width], not {list(input_ids.shape)}, {list(mask.shape)}"
+            )
         lengths = [int(count) for count in mask.sum(1)]
-        rows = [ids[len(ids) - length :] for ids, length in zip(input_ids, lengths, strict=True)]
         if not all(bool(row[len(row) - n :].all()) for row, n in zip(mask, lengths, strict=True)):
             raise UsageError("prompts must be padded on the left: tokenizer.padding_side = 'left'")
-        choice = {"salt": salt, "sender": sender, "requirement": requirement, "share": share}
-        prefixes = [self.prefill(row, **choice) for row in rows]  # type: ignore[arg-type]
+        prefixes = [
+            self.prefill(row[len(row) - n :], salt=salt, sender=sender, requirement=requirement, share=share)
+            for row, n in zip(input_ids, lengths, strict=True)
+        ]
+        cache = self._joined(prefixes, lengths, width=input_ids.shape[1])
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
         with torch.no_grad():
             sequences = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                past_key_values=self._joined(prefixes, lengths),
-                **options,
+                input_ids=input_ids, attention_mask=mask, past_key_values=cache, **options
             )
         return Generation(sequences, tuple(prefix.outcome for prefix in prefixes))
+
+    def flush(self) -> None:
+        """Waits until everything saved so far has been handed to the store, or refused by it."""
+        self.connector.flush()
 
     def close(self) -> None:
         """Waits for what is being saved."""
@@ -195,15 +213,17 @@ class DroidSpeak:
     ) -> None:
         self.close()
 
-    def _from_store(self, ids: Tensor, match: Match) -> Prefix | Reason:
+    def _load(self, ids: Tensor, match: Match) -> Prefix:
+        """The prefix that `match` promises; an empty one if loading fails."""
+        plan = match.plan or Plan.recompute(self.decoder.num_layers, ())
+        layers: list[KV] = []
         with self.connector.load(match, self.decoder.device) as stream:
-            plan = match.plan or Plan.parse("reuse", self.decoder.num_layers)
             try:
                 layers = partial_prefill(
                     plan, self.decoder, ids[: match.tokens], stream, exact_tokens=match.exact_tokens
                 )
             except LoadFailed as error:
-                return Reason(error.reason)
+                match = match.without_chunks(Reason(error.reason))
             return Prefix(self.decoder.config, tuple(layers), _outcome(match, stream))
 
     def _prefill_rest(
@@ -215,7 +235,8 @@ class DroidSpeak:
         if end <= prefix.tokens:
             return prefix
         session = self.connector.save(ids[:end], receiver if self._save else None, salt=salt)
-        start, fresh = prefix.tokens, []
+        start = prefix.tokens
+        fresh: list[KV] = []
 
         def keep(layer: int, k: Tensor, v: Tensor, e: Tensor | None) -> None:
             session.put(layer, k, v, e, start=start)
@@ -223,16 +244,34 @@ class DroidSpeak:
 
         self.decoder.prefill(ids[start:end], past=prefix.layers, e_layers=session.e_layers, on_layer=keep)
         session.finish()
-        layers = (
-            [_append(own, new) for own, new in zip(prefix.layers, fresh, strict=True)] if start else fresh
-        )
-        return replace(prefix, layers=tuple(layers))
+        if start:
+            fresh = [_append(own, new) for own, new in zip(prefix.layers, fresh, strict=True)]
+        return replace(prefix, layers=tuple(fresh))
 
-    def _joined(self, prefixes: list[Prefix], lengths: list[int]) -> DynamicCache:
-        if len(prefixes) == 1:
+    def _joined(self, prefixes: Sequence[Prefix], lengths: Sequence[int], width: int) -> DynamicCache:
+        """The prefixes as one cache for prompts that are padded to `width` columns."""
+        if list(lengths) == [width]:
             return prefixes[0].past_key_values
         plan = plan_batch(lengths, [prefix.tokens for prefix in prefixes])
+        if plan.columns:
+            # Padding that all rows share has columns too.
+            plan = plan._replace(columns=plan.columns + width - max(lengths))
         return stack(self.decoder.config, [prefix.layers for prefix in prefixes], plan)
+
+
+def _copies(model: Any, options: Mapping[str, Any]) -> int:
+    """Rows that `generate` makes of each prompt. Raises `UsageError` for a mode that takes no prefix."""
+    config = options.get("generation_config") or model.generation_config
+
+    def setting(name: str) -> Any:
+        return options.get(name, getattr(config, name, None))
+
+    refused = [name for name in _WITHOUT_PREFIX if setting(name)]
+    if setting("use_cache") is False:
+        refused.append("use_cache=False")
+    if refused:
+        raise UsageError(f"{', '.join(refused)}: generation over a prefix is not possible with it")
+    return max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
 
 
 def _append(own: KV, new: KV) -> KV:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ class LayerSource(Protocol):
         """E of a transition layer for the tokens after the exact ones, `[tokens, hidden]`."""
 
     def kv(self, layer: int) -> KV:
-        """K and V of a layer for all tokens; of a recomputed layer only the exact rows count."""
+        """K and V of a layer for all tokens; of a recomputed layer only the exact ones need be there."""
 
 
 @dataclass
@@ -74,6 +75,7 @@ def partial_prefill(
     Args:
         model: the receiver.
         token_ids: `[tokens]` int64, the tokens that `source` covers.
+        source: is only read.
         exact_tokens: leading tokens whose K and V in `source` are the receiver's own.
 
     Returns:
@@ -98,14 +100,17 @@ def _recompute(
     decoder: Decoder, group: Group, token_ids: Tensor, source: LayerSource, exact_tokens: int
 ) -> dict[int, KV]:
     e = source.e(group.start) if group.start else None
-    rows = {layer: source.kv(layer) for layer in group} if exact_tokens else {}
-    own = {layer: (k[:exact_tokens], v[:exact_tokens]) for layer, (k, v) in rows.items()}
+    own = {layer: _rows(source.kv(layer), exact_tokens) for layer in group} if exact_tokens else {}
     # Entries outside the group are not read; they only have to be there.
     past = [own.get(layer, own[group.start]) for layer in range(decoder.num_layers)] if own else ()
     fresh = decoder.recompute(token_ids[exact_tokens:], group.start, group.end, e=e, past=past)
-    if not exact_tokens:
-        return dict(zip(group, fresh, strict=True))
-    for layer, (k, v) in zip(group, fresh, strict=True):
-        rows[layer][0][exact_tokens:].copy_(k)
-        rows[layer][1][exact_tokens:].copy_(v)
-    return rows
+    computed = dict(zip(group, fresh, strict=True))
+    return {layer: _joined(own[layer], kv) for layer, kv in computed.items()} if own else computed
+
+
+def _rows(kv: KV, count: int) -> KV:
+    return kv[0][:count], kv[1][:count]
+
+
+def _joined(first: KV, second: KV) -> KV:
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
