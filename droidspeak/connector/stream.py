@@ -90,7 +90,8 @@ class LayerStream:
         self._tensors: dict[Slot, torch.Tensor] = {}
         self._jobs = deque(self._schedule())
         self._missing = Counter(slot for job in self._jobs for slot in job.slots)
-        self._reading: Counter[ChunkKey] = Counter()
+        self._reading = 0
+        self._corrupt: ChunkCorrupt | None = None
         self.bytes_loaded = 0
         self.wait_seconds = 0.0
         for n in range(min(loaders, len(self._jobs))):
@@ -186,7 +187,7 @@ class LayerStream:
             try:
                 loaded = self._load(job)
             except StorageError as error:
-                self._failed(job, error)
+                self._failed(error)
             except BaseException as error:  # noqa: BLE001 - whoever awaits a layer gets it
                 self._end(error)
             else:
@@ -197,7 +198,7 @@ class LayerStream:
             if not self._jobs:
                 return None
             job = self._jobs.popleft()
-            self._reading[job.key] += 1
+            self._reading += 1
             return job
 
     def _load(self, job: _Job) -> int:
@@ -223,18 +224,25 @@ class LayerStream:
         with self._changed:
             self.bytes_loaded += loaded
             self._missing.subtract(job.slots)
-            self._reading[job.key] -= 1
+            self._reading -= 1
             self._changed.notify_all()
 
-    def _failed(self, job: _Job, error: StorageError) -> None:
+    def _failed(self, error: StorageError) -> None:
+        """Ends the stream; if chunks turned out bad, after the other loaders have told what they found.
+
+        Of two loaders on one corrupt chunk, one may find it gone already. And what the engine saves next
+        must not meet the quarantine of what stood there.
+        """
         with self._changed:
-            self._reading[job.key] -= 1
-            if isinstance(error, ChunkIncomplete):
-                # Another loader may be about to tell that the chunk is gone because it was corrupt.
-                self._changed.wait_for(
-                    lambda: self._error is not None or not self._reading[job.key], self._seconds_left()
-                )
-            self._end(LoadFailed(_reason(error), str(error)))
+            self._reading -= 1
+            self._jobs.clear()
+            self._changed.notify_all()
+            if isinstance(error, ChunkCorrupt):
+                self._corrupt = error
+            if isinstance(error, ChunkCorrupt | ChunkIncomplete):
+                self._changed.wait_for(self._quiet, self._seconds_left())
+            cause = self._corrupt or error
+            self._end(LoadFailed(_reason(cause), str(cause)))
 
     def _end(self, error: BaseException) -> None:
         """Ends the stream with `error`, unless it has ended already."""
@@ -256,6 +264,9 @@ class LayerStream:
                 raise self._error
             if not self._here(slots):
                 raise UsageError("the stream was closed before these layers had come")
+
+    def _quiet(self) -> bool:
+        return self._error is not None or self._closed or not self._reading
 
     def _seconds_left(self) -> float:
         return max(0.0, self._ends_at - time.monotonic())

@@ -332,6 +332,44 @@ def test_a_chunk_that_is_gone_because_another_loader_found_it_corrupt():
     assert store.quarantined == keys
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_corrupt_chunk_under_way_is_quarantined_before_the_engine_hears_of_it(first):
+    """What the engine saves next must not meet a quarantine that comes late."""
+    inner = memory()
+    keys = fill(inner, ME, IDS[: 2 * SIZE + 1])
+    store = WatchedTier(inner)
+    reading = threading.Barrier(2)
+
+    def damaged(key, slots):
+        reading.wait(5)
+        time.sleep(0 if key == keys[first] else 0.05)
+        raise ChunkCorrupt("flipped")
+
+    store.before = damaged
+    with opened(store, loaders=2) as stream, pytest.raises(LoadFailed):
+        stream.kv(0)
+    assert sorted(store.quarantined) == sorted(keys)
+    assert inner.usage().chunks == 0
+
+
+def test_a_bad_chunk_does_not_wait_for_a_store_that_hangs():
+    store = WatchedTier(memory())
+    keys = fill(store, ME, IDS[: 2 * SIZE + 1])
+    gate = threading.Event()
+
+    def damaged(key, slots):
+        if key == keys[0]:
+            raise ChunkCorrupt("flipped")
+        gate.wait(10)
+
+    store.before = damaged
+    started = time.monotonic()
+    with opened(store, loaders=2, load_deadline=0.1) as stream, pytest.raises(LoadFailed):
+        stream.kv(0)
+    gate.set()
+    assert time.monotonic() - started < 2
+
+
 def test_a_quarantine_that_fails_is_no_worse():
     inner = memory()
     fill(inner, ME, IDS)

@@ -296,8 +296,8 @@ def test_changed_and_changed_back_is_known_again_in_memory():
 
 def test_a_folder_that_is_overwritten_after_loading_changes_nothing(tmp_path):
     folder = pretended_folder(tmp_path, "base")
+    before = manifest_of(adapted(), folder)
     droid = door(adapted(), memory(), folder=folder)
-    before = droid.manifest
     (folder / "model.safetensors").write_text("a new revision")
     assert droid.manifest == before
     droid.model.base_model.disable_adapter_layers()
