@@ -7,6 +7,7 @@ served by| own chunks | another model's, by  | prefill          |
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from droidspeak.connector.status import Reason
@@ -52,6 +53,20 @@ class Match:
 
     def __bool__(self) -> bool:
         return bool(self.exact or self.shared)
+
+    def up_to_missing_e(self, e_layers: Collection[int]) -> Match:
+        """Itself, less the own chunks from the first that lacks E of one of `e_layers`.
+
+        Prefilling those again saves them with E, once: chunks that were stored before a policy asked
+        for E would otherwise never serve it. A match that shares is left as it is.
+        """
+        count = next(
+            (n for n, info in enumerate(self.exact) if not set(e_layers) <= set(info.e_layers)),
+            len(self.exact),
+        )
+        if self.shared or count == len(self.exact):
+            return self
+        return replace(self, exact=self.exact[:count]) if count else self.without_chunks(Reason.E_MISSING)
 
     def without_chunks(self, reason: Reason) -> Match:
         """The match of a prompt that is prefilled after all, because of `reason`."""

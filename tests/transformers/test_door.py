@@ -454,3 +454,18 @@ def test_the_context_manager_waits_for_what_is_saved():
     with door(MINE, store) as droid:
         droid.prefill(IDS)
     assert store.usage().chunks == 4
+
+
+def test_chunks_stored_before_the_policy_get_their_e_at_the_next_prefill():
+    store, sender_model, receiver_model = memory(), tiny_model("llama", 0), tiny_model("llama", 1)
+    prompt = tokens(40, 3)
+    fill(door(sender_model, store), prompt)
+    sender, receiver = door(sender_model, store), door(receiver_model, store, save=False)
+    policies = PolicySet([policy(sender, receiver, "1-2")])
+    receiver.connector.policies = sender.connector.policies = policies
+    assert receiver.prefill(prompt).outcome.reason is Reason.E_MISSING
+    assert sender.prefill(prompt).outcome.reason is Reason.E_MISSING
+    sender.flush()
+    assert receiver.prefill(prompt).outcome.reason is Reason.CROSS_MODEL_HIT
+    assert sender.prefill(prompt).outcome.reason is Reason.EXACT_HIT
+    assert door(sender_model, store, save=False).prefill(prompt).outcome.reason is Reason.EXACT_HIT

@@ -148,6 +148,9 @@ class DroidSpeak:
             requirement=requirement or self._requirement,
             share=share,
         )
+        if receiver is not None and self._save:
+            wanted = self.connector.policies.transition_layers(receiver.source_id)
+            match = match.up_to_missing_e(wanted)
         prefix = self._load(ids, match) if match else Prefix(self.decoder.config, (), _outcome(match))
         if not prefix.outcome.shared_tokens:
             prefix = self._prefill_rest(ids, prefix, receiver, salt)
