@@ -110,12 +110,12 @@ def read_slots(
     Raises:
         ChunkCorrupt: bytes are missing or differ from their checksum.
     """
-    chunk = Chunk(header, place(records, into))
     groups = deque(coalesce(records, best_read))
+    payload: dict[Slot, torch.Tensor] = {}
 
     def drain() -> None:
         while group := _next(groups):
-            _read_group(descriptor, chunk, group)
+            payload.update(_read_group(descriptor, header, group, into))
 
     helped = _submitted(helper, drain) if len(groups) >= _WORTH_HELP else None
     try:
@@ -125,7 +125,7 @@ def read_slots(
         # The helper must be done with this memory and this descriptor before anybody else is.
         if helped and not helped.cancel():
             helped.result()
-    return chunk
+    return Chunk(header, payload)
 
 
 def _submitted(helper: Executor, work: Callable[[], None]) -> Future[None] | None:
@@ -142,11 +142,19 @@ def _next(groups: deque[list[SlotRecord]]) -> list[SlotRecord] | None:
         return None
 
 
-def _read_group(descriptor: int, chunk: Chunk, group: list[SlotRecord]) -> None:
-    buffers = [chunk.payload[record.slot].numpy().data for record in group]
-    _read_into(descriptor, buffers, chunk.header.data_start + group[0].start, chunk.key)
+def _read_group(
+    descriptor: int,
+    header: ChunkHeader,
+    group: list[SlotRecord],
+    into: Mapping[Slot, torch.Tensor] | None,
+) -> dict[Slot, torch.Tensor]:
+    placed = place(group, into)
+    buffers = [placed[record.slot].numpy().data for record in group]
+    _read_into(descriptor, buffers, header.data_start + group[0].start, header.key)
     # The bytes are still in the processor's cache: now the checksum costs no memory traffic.
-    chunk.verify(record.slot for record in group)
+    for record, buffer in zip(group, buffers, strict=True):
+        header.check(record, buffer)
+    return placed
 
 
 def _read_into(descriptor: int, buffers: list[memoryview], offset: int, key: ChunkKey) -> None:

@@ -58,6 +58,9 @@ class SlotKind(StrEnum):
     V = "v"
     E = "e"
 
+    # Enum's own hash is a Python call, and every slot is looked up many times.
+    __hash__ = str.__hash__
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -181,6 +184,11 @@ class ChunkHeader:
         if nbytes is not None and nbytes != self.nbytes:
             raise ChunkCorrupt(f"chunk {key}: {nbytes} bytes instead of {self.nbytes}")
         return self
+
+    def check(self, record: SlotRecord, stored: memoryview) -> None:
+        """Raises `ChunkCorrupt` if `stored` are not the bytes of `record`."""
+        if xxhash.xxh3_64_intdigest(stored) != record.checksum:
+            raise ChunkCorrupt(f"chunk {self.key}: {record.slot.name} differs from its checksum")
 
     @staticmethod
     def length(first_bytes: bytes) -> int:
@@ -377,8 +385,7 @@ class Chunk:
     def verify(self, slots: Iterable[Slot] | None = None) -> Chunk:
         """Itself, if the stored bytes match their checksums. Raises `ChunkCorrupt`."""
         for slot in self.payload if slots is None else slots:
-            if checksum(self.payload[slot]) != self.header.records[slot].checksum:
-                raise ChunkCorrupt(f"chunk {self.key}: {slot.name} differs from its checksum")
+            self.header.check(self.header.records[slot], _view(self.payload[slot]))
         return self
 
 
@@ -387,26 +394,23 @@ def place(
 ) -> dict[Slot, torch.Tensor]:
     """Memory to read `records` into: the tensors of `into` where the bytes can land there as they
     are (raw, same size, contiguous, on the CPU), slices of one fresh arena for the rest."""
-    wanted = list(records)
-    here = {r.slot: as_bytes(t) for r in wanted if (t := _target(r, into)) is not None}
-    arena = torch.empty(sum(r.nbytes for r in wanted if r.slot not in here), dtype=torch.uint8)
-    position = 0
-    placed = {}
-    for record in wanted:
-        if record.slot in here:
-            placed[record.slot] = here[record.slot]
-            continue
-        placed[record.slot] = arena[position : position + record.nbytes]
-        position += record.nbytes
+    placed: dict[Slot, torch.Tensor] = {}
+    rest: list[SlotRecord] = []
+    for record in records:
+        tensor = into.get(record.slot) if into else None
+        if tensor is not None and _can_land(record, tensor):
+            placed[record.slot] = as_bytes(tensor)
+        else:
+            rest.append(record)
+    sizes = [record.nbytes for record in rest]
+    arena = torch.empty(sum(sizes), dtype=torch.uint8)
+    placed.update(zip((record.slot for record in rest), torch.split(arena, sizes), strict=True))
     return placed
 
 
-def _target(record: SlotRecord, into: Mapping[Slot, torch.Tensor] | None) -> torch.Tensor | None:
-    tensor = into.get(record.slot) if into else None
-    if tensor is None or record.codec != "raw" or tensor.device.type != "cpu":
-        return None
-    fits = tensor.is_contiguous() and tensor.dtype == record.dtype and tuple(tensor.shape) == record.shape
-    return tensor if fits else None
+def _can_land(record: SlotRecord, tensor: torch.Tensor) -> bool:
+    same = tensor.dtype == record.dtype and tensor.shape == record.shape
+    return same and record.codec == "raw" and tensor.is_cpu and tensor.is_contiguous()
 
 
 def checksum(stored: torch.Tensor) -> int:

@@ -176,6 +176,9 @@ class SourceManifest:
     ) -> SourceManifest:
         """Of a transformers model folder, and of a PEFT adapter folder on top of it.
 
+        An adapter counts by its file here, for engines that load it by path. The transformers door
+        counts the adapter's tensors in memory, which is another id: ask the door for its manifest.
+
         Raises:
             UnknownIdentity: no `config.json`, no safetensors weights, or no dtype.
         """
