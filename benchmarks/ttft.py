@@ -46,7 +46,8 @@ def _calls(store: TieredStore) -> dict[str, Callable[[], object]]:
     token_ids = torch.randint(3, 2048, (_TOKENS + _SUFFIX,)).tolist()
 
     def policies(plans: list[Plan]) -> PolicySet:
-        return PolicySet([Policy(sent, received, tuple(FrontierPoint(plan, 1.0) for plan in plans))])
+        points = tuple(FrontierPoint(plan, 1.0) for plan in plans)
+        return PolicySet([Policy(sent, received, points)] if points else [])
 
     with DroidSpeak(sender, store, policies(_plans())) as first:
         first.prefill(token_ids)

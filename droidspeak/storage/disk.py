@@ -82,7 +82,7 @@ class DiskTier(Tier):
     """
 
     # A range that has just been read is still in the core's second-level cache when it is checked.
-    best_read = 1 << 20
+    best_read = 2 << 20
 
     def __init__(
         self,

@@ -469,3 +469,15 @@ def test_chunks_stored_before_the_policy_get_their_e_at_the_next_prefill():
     assert receiver.prefill(prompt).outcome.reason is Reason.CROSS_MODEL_HIT
     assert sender.prefill(prompt).outcome.reason is Reason.EXACT_HIT
     assert door(sender_model, store, save=False).prefill(prompt).outcome.reason is Reason.EXACT_HIT
+
+
+def test_a_prompt_that_ends_with_a_chunk_is_saved_whole():
+    store, model = memory(), tiny_model("llama", 0)
+    droid, document = door(model, store), tokens(3 * SIZE, 5)
+    first = droid.prefill(document)
+    droid.flush()
+    assert first.tokens == 3 * SIZE - 1
+    assert torch.equal(
+        logits_after(model, first, document), logits_after(model, droid.prefill(document), document)
+    )
+    assert droid.prefill(torch.cat([document, tokens(5, 6)])).outcome.exact_tokens == 3 * SIZE

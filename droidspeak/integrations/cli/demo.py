@@ -30,7 +30,7 @@ __all__ = ["demo"]
 
 _LAB = Path(__file__).parents[3] / "lab"
 _LAB_PAIR = ("coder", "base")
-_LAB_CHUNK_SIZE = 16
+_LAB_CHUNK_SIZE = 64
 _TIMING = Task(
     sender=f"{TIMING}1",
     receiver=f"{TIMING}2",

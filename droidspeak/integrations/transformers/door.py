@@ -232,9 +232,12 @@ class DroidSpeak:
     def _prefill_rest(
         self, ids: Tensor, prefix: Prefix, receiver: SourceManifest | None, salt: str
     ) -> Prefix:
-        """Computes the whole chunks after an exact prefix, and saves them: all of it is the model's own."""
+        """Computes the whole chunks after an exact prefix, and saves them: all of it is the model's own.
+
+        A prompt that ends with a chunk is saved whole; its last token is then left out of the prefix.
+        """
         size = self.connector.options.chunk_size
-        end = (len(ids) - 1) // size * size
+        end = len(ids) // size * size
         if end <= prefix.tokens:
             return prefix
         session = self.connector.save(ids[:end], receiver if self._save else None, salt=salt)
@@ -249,7 +252,8 @@ class DroidSpeak:
         session.finish()
         if start:
             fresh = [_append(own, new) for own, new in zip(prefix.layers, fresh, strict=True)]
-        return replace(prefix, layers=tuple(fresh))
+        left = min(end, len(ids) - 1)
+        return replace(prefix, layers=tuple((k[:left], v[:left]) for k, v in fresh))
 
     def _joined(self, prefixes: Sequence[Prefix], lengths: Sequence[int], width: int) -> DynamicCache:
         """The prefixes as one cache for prompts that are padded to `width` columns."""
