@@ -34,8 +34,7 @@ TokenIds = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
 
 DEFAULT_CHUNK_SIZE = 256
 _SEED = b"droidspeak prefix 1"
-_HEX64 = re.compile(r"[0-9a-f]{64}")
-_SHARD = re.compile(r"[0-9]{1,4}of[0-9]{1,4}")
+_KEY = re.compile(r"[0-9a-f]{64}/[0-9]{1,4}of[0-9]{1,4}/[0-9a-f]{64}")
 
 
 class PrefixHasher:
@@ -112,8 +111,7 @@ class ChunkKey:
     prefix: str
 
     def __post_init__(self) -> None:
-        digests = _HEX64.fullmatch(self.source) and _HEX64.fullmatch(self.prefix)
-        if not (digests and _SHARD.fullmatch(self.shard)):
+        if not _KEY.fullmatch(f"{self.source}/{self.shard}/{self.prefix}"):
             raise UsageError(f"not a chunk key: {self.source}/{self.shard}/{self.prefix}")
 
     def __str__(self) -> str:

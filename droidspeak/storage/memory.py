@@ -10,7 +10,8 @@ Where CUDA is there, host memory is pinned, so that copies to the GPU need no st
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -68,6 +69,11 @@ class MemoryTier(Tier):
         with self._lock:
             chunk = self._chunks.get(key)
         return ChunkInfo.of(chunk) if chunk else None
+
+    def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
+        with self._lock:
+            run = list(takewhile(bool, map(self._chunks.get, keys)))
+        return [ChunkInfo.of(chunk) for chunk in run if chunk]
 
     def read(
         self,
