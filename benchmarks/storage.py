@@ -11,6 +11,7 @@ import torch
 from benchmarks.measure import Series, interleaved, table
 from droidspeak.storage import Chunk, ChunkKey, PrefixHasher, Slot, SlotKind, SourceId
 from droidspeak.storage.disk import DiskTier
+from droidspeak.storage.keys import TokenIds
 from droidspeak.storage.memory import MemoryTier
 
 _SOURCE = SourceId("a" * 64)
@@ -119,12 +120,16 @@ def cpu_lookup() -> list[list[str]]:
         for prefix in hasher.hashes(token_ids):
             tier.write(Chunk.encode(ChunkKey(_SOURCE, "0of1", prefix), tiny))
 
-        def lookup() -> None:
-            keys = [ChunkKey(_SOURCE, "0of1", prefix) for prefix in hasher.hashes(token_ids)]
+        def lookup(ids: TokenIds) -> None:
+            keys = [ChunkKey(_SOURCE, "0of1", prefix) for prefix in hasher.hashes(ids)]
             assert len(tier.leading(keys)) == count
 
-        ours = interleaved({"ours": lookup}, rounds=15)["ours"]
-    return [["lookup of 1,000 chunks, CPU tier, ms", "", ours.spread(), "", "< 10"]]
+        tensor = torch.tensor(token_ids)
+        series = interleaved({"list": lambda: lookup(token_ids), "tensor": lambda: lookup(tensor)}, rounds=15)
+    return [
+        [f"lookup of 1,000 chunks, ids in a {kind}, CPU tier, ms", "", times.spread(), "", "< 10"]
+        for kind, times in series.items()
+    ]
 
 
 def _row(what: str, series: dict[str, Series], nbytes: int, peer: str, target: float | None) -> list[str]:

@@ -58,7 +58,7 @@ class PrefixHasher:
         Raises:
             UsageError: a token id that is negative or does not fit in 31 bits.
         """
-        data = memoryview(_little_endian_int32(token_ids))
+        data = _little_endian_int32(token_ids)
         width = 4 * self.chunk_size
         link, links = self._root, []
         for start in range(0, len(data) - width + 1, width):
@@ -69,7 +69,7 @@ class PrefixHasher:
         return links
 
 
-def _little_endian_int32(token_ids: TokenIds) -> bytes:
+def _little_endian_int32(token_ids: TokenIds) -> memoryview:
     if isinstance(token_ids, torch.Tensor):
         token_ids = token_ids.detach().cpu().numpy()
     if not isinstance(token_ids, np.ndarray):
@@ -79,10 +79,10 @@ def _little_endian_int32(token_ids: TokenIds) -> bytes:
         raise UsageError(f"token ids must be a flat list of integers, not {kind}")
     if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= 2**31):
         raise UsageError("token ids must lie in 0 .. 2**31 - 1")
-    return token_ids.astype("<i4", copy=False).tobytes()
+    return np.ascontiguousarray(token_ids, dtype="<i4").data.cast("B")
 
 
-def _from_sequence(token_ids: Sequence[int]) -> bytes:
+def _from_sequence(token_ids: Sequence[int]) -> memoryview:
     if isinstance(token_ids, bytes | bytearray):  # `array` would take them for machine integers
         raise UsageError("token ids must be integers, not bytes")
     try:
@@ -93,7 +93,7 @@ def _from_sequence(token_ids: Sequence[int]) -> bytes:
         raise UsageError("token ids must lie in 0 .. 2**31 - 1")
     if sys.byteorder == "big":
         values.byteswap()
-    return values.tobytes()
+    return memoryview(values).cast("B")
 
 
 @dataclass(frozen=True, slots=True, order=True)
