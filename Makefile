@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: help demo test check format lab bench golden clean
+.PHONY: help demo test check format lab bench clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)

@@ -7,19 +7,19 @@ A process must come up and answer without its cache. Each call tries to open the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-
-import torch
+from collections.abc import Callable
+from typing import TypeVar
 
 from droidspeak.errors import TierUnavailable
-from droidspeak.storage.container import Chunk, Slot
-from droidspeak.storage.keys import ChunkKey
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.tier import Tier
+from droidspeak.storage.wrappers import Call, WrapperTier
 
 __all__ = ["LateTier"]
 
+T = TypeVar("T")
 
-class LateTier(Tier):
+
+class LateTier(WrapperTier):
     """Opens a tier at the first call for which that works, and is that tier from then on.
 
     Args:
@@ -30,56 +30,22 @@ class LateTier(Tier):
         self.name = name
         self._open = open_tier
         self._lock = threading.Lock()
-        self._tier: Tier | None = None
-        self._closed = False
+        self._opened = self._closed = False
 
-    @property
-    def opened(self) -> Tier:
-        """The tier itself. Raises `TierUnavailable` if it still cannot be opened."""
+    def _around(self, call: Call[T]) -> T:
         with self._lock:
             if self._closed:
                 raise TierUnavailable(f"tier {self.name} is closed")
-            if self._tier is None:
-                self._tier = self._open()
-            return self._tier
-
-    def head(self, key: ChunkKey) -> ChunkInfo | None:
-        return self.opened.head(key)
-
-    def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
-        return self.opened.leading(keys)
-
-    def read(
-        self,
-        key: ChunkKey,
-        slots: Collection[Slot] | None = None,
-        into: Mapping[Slot, torch.Tensor] | None = None,
-    ) -> Chunk | None:
-        return self.opened.read(key, slots, into)
-
-    def write(self, chunk: Chunk) -> None:
-        self.opened.write(chunk)
-
-    def delete(self, key: ChunkKey) -> bool:
-        return self.opened.delete(key)
-
-    def keys(self) -> Iterator[ChunkKey]:
-        return self.opened.keys()
-
-    def usage(self) -> TierUsage:
-        return self.opened.usage()
-
-    def pin(self, key: ChunkKey) -> bool:
-        return self.opened.pin(key)
-
-    def unpin(self, key: ChunkKey) -> bool:
-        return self.opened.unpin(key)
-
-    def quarantine(self, key: ChunkKey) -> None:
-        self.opened.quarantine(key)
+            if not self._opened:
+                self.tier = self._open()
+                self._opened = True
+        return call.run()
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            if self._tier is not None:
-                self._tier.close()
+            if self._opened:
+                self.tier.close()
+
+    def __repr__(self) -> str:
+        return Tier.__repr__(self)

@@ -7,7 +7,6 @@ import logging
 import pytest
 import torch
 
-import droidspeak.connector
 from droidspeak.connector import Connector, ConnectorOptions, Outcome, Reason, Status
 from droidspeak.layerselect import Plan, Policy, PolicySet
 from droidspeak.storage import Slot, SlotKind, TieredStore
@@ -30,20 +29,6 @@ def save(saving: Connector, source, tokens: int) -> None:
         k, v, e = (rows(source, Slot(kind, layer), tokens) for kind in SlotKind)
         session.put(layer, k, v, e if layer in session.e_layers else None)
     session.finish(wait=True)
-
-
-def test_exported_names():
-    assert droidspeak.connector.__all__ == sorted(droidspeak.connector.__all__)
-    assert set(droidspeak.connector.__all__) == {
-        "Connector",
-        "ConnectorOptions",
-        "LayerStream",
-        "Match",
-        "Outcome",
-        "Reason",
-        "SaveSession",
-        "Status",
-    }
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "tiered"])
