@@ -4,6 +4,8 @@ DroidSpeakError
 ├── UsageError (ValueError)             the caller's mistake: one line for people, exit status 2
 │   ├── ConfigError                     a configuration key, URL or option that is not allowed
 │   ├── PromptError                     a prompt file or row that cannot be used
+│   ├── PolicyError                     a policy file that cannot be used, or is for another pair
+│   ├── MapsUnusable                    fitted maps that are missing, altered, or for another model
 │   └── MissingExtra (ImportError)      an optional part is not installed; names the extra
 ├── IdentityError (ValueError)          two sides that may not share; nothing is ever guessed
 │   ├── UnknownIdentity                 weights, tokenizer or architecture cannot be identified
@@ -27,7 +29,9 @@ __all__ = [
     "IdentityError",
     "Incompatible",
     "LoadFailed",
+    "MapsUnusable",
     "MissingExtra",
+    "PolicyError",
     "PromptError",
     "StorageError",
     "TierFull",
@@ -52,6 +56,14 @@ class ConfigError(UsageError):
 
 class PromptError(UsageError):
     """A prompt file or row that cannot be used."""
+
+
+class MapsUnusable(UsageError):
+    """Fitted maps that are missing, not what was fitted, or for a model of another shape."""
+
+
+class PolicyError(UsageError):
+    """A policy file that cannot be read or written, was changed, or is for another pair."""
 
 
 class MissingExtra(UsageError, ImportError):

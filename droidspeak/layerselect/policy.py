@@ -1,4 +1,4 @@
-"""A policy: the frontier of plans of one ordered pair, and the choice among them.
+"""A policy: the frontier of plans of one ordered pair, and what goes with it.
 
 Pairs are named by their source ids, which stand for weights, architecture, tokenizer and adapter. A
 policy made for other weights has other ids and simply does not apply.
@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from droidspeak.errors import UsageError
+from droidspeak.layerselect.measures import Measures
 from droidspeak.layerselect.plan import Plan
 
-__all__ = ["FrontierPoint", "Policy", "PolicySet", "Requirement", "choose"]
+__all__ = ["Costs", "FrontierPoint", "MapFile", "Policy", "Thresholds"]
 
 _SOURCE_ID = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """A plan and the quality measured with it, 1.0 being the receiver's own full prefill."""
+    """A plan and the quality measured with it, 1.0 being the receiver's own full prefill.
+
+    Attributes:
+        measures: what was measured on the held-out prompts; `None` where nobody measured.
+    """
 
     plan: Plan
     quality: float
+    measures: Measures | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.quality):
@@ -32,8 +38,49 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """Below these the pair has drifted from what was profiled (see `droidspeak.layerselect.drift`).
+
+    Attributes:
+        agreement: least token agreement, 0 .. 1.
+        kl: greatest mean divergence, nats.
+    """
+
+    agreement: float = 0.8
+    kl: float = 1.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Prefill time as fitted while profiling (paper, Appendix B), seconds.
+
+    Recomputing one layer of `n` tokens takes `per_token * n + per_token_pair * n * n`; `suffix` is what the
+    new tokens took, and `per_mapped_token` what mapping K and V of one layer took for one token.
+    """
+
+    per_token: float
+    per_token_pair: float = 0.0
+    per_mapped_token: float = 0.0
+    suffix: float = 0.0
+
+
+@dataclass(frozen=True)
+class MapFile:
+    """The fitted maps of a pair: a safetensors file, and the SHA-256 of its bytes in hex."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Policy:
     """Plans for caches of `sender` used by `receiver` (source ids, in this order).
+
+    Attributes:
+        thresholds: when the pair counts as drifted.
+        costs: of prefill on the machine that profiled; `None` if nobody measured.
+        codec: lossy codec that the plans were profiled with; `None` for lossless ones.
+        maps: needed by plans that map.
 
     Raises:
         UsageError: no plans, plans of different numbers of layers, or ids that are none or the same.
@@ -42,6 +89,10 @@ class Policy:
     sender: str
     receiver: str
     frontier: tuple[FrontierPoint, ...]
+    thresholds: Thresholds = Thresholds()
+    costs: Costs | None = None
+    codec: str | None = None
+    maps: MapFile | None = None
 
     def __post_init__(self) -> None:
         if not self.frontier or len({point.plan.layers for point in self.frontier}) != 1:
@@ -51,6 +102,8 @@ class Policy:
         for name in (self.sender, self.receiver):
             if not _SOURCE_ID.fullmatch(name):
                 raise UsageError(f"source id {name!r}: allowed are 64 hex digits, `SourceManifest.source_id`")
+        if self.maps is None and any(point.plan.needs_maps for point in self.frontier):
+            raise UsageError("a plan of this policy maps layers, and the policy has no maps")
 
     @classmethod
     def fixed(cls, sender: str, receiver: str, plan: Plan) -> Policy:
@@ -66,61 +119,3 @@ class Policy:
     def transition_layers(self) -> frozenset[int]:
         """Layers whose E the sender must store."""
         return frozenset(layer for point in self.frontier for layer in point.plan.transition_layers)
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """What one request asks of a plan: the least quality, as a share of full prefill's."""
-
-    quality_floor: float = 0.95
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.quality_floor):
-            raise UsageError(f"quality floor {self.quality_floor}: allowed are finite numbers")
-
-
-def choose(policy: Policy, requirement: Requirement) -> Plan | None:
-    """The plan with the fewest recomputed layers at or above the floor, `None` if there is none.
-
-    Among equals the better quality wins, then the earlier group. The order of the frontier is of no account.
-    """
-    allowed = [point for point in policy.frontier if point.quality >= requirement.quality_floor]
-    if not allowed:
-        return None
-    return min(allowed, key=_preference).plan
-
-
-def _preference(point: FrontierPoint) -> tuple[object, ...]:
-    plan = point.plan
-    return plan.recomputed, -point.quality, plan.groups, plan.actions
-
-
-class PolicySet:
-    """Policies by pair; a later policy of a pair replaces the earlier one. Threads may share it."""
-
-    def __init__(self, policies: Iterable[Policy] = ()) -> None:
-        self._by_pair: dict[tuple[str, str], Policy] = {}
-        for policy in policies:
-            self.add(policy)
-
-    def add(self, policy: Policy) -> None:
-        self._by_pair[policy.sender, policy.receiver] = policy
-
-    def get(self, sender: str, receiver: str) -> Policy | None:
-        return self._by_pair.get((sender, receiver))
-
-    def for_receiver(self, receiver: str) -> list[Policy]:
-        """Policies for caches that `receiver` uses, in the order in which their pairs were added."""
-        return [policy for policy in self._policies() if policy.receiver == receiver]
-
-    def transition_layers(self, sender: str) -> frozenset[int]:
-        """Layers whose E some policy needs from `sender`."""
-        needed = [policy.transition_layers for policy in self._policies() if policy.sender == sender]
-        return frozenset().union(*needed)
-
-    def __len__(self) -> int:
-        return len(self._by_pair)
-
-    def _policies(self) -> list[Policy]:
-        # In one step: another thread may add a policy meanwhile.
-        return list(self._by_pair.values())

@@ -6,9 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droidspeak.layerselect.metrics import exact_match, f1, token_agreement
+from droidspeak.errors import UsageError
+from droidspeak.layerselect.metrics import (
+    KL,
+    METRICS,
+    edit_similarity,
+    exact_match,
+    f1,
+    get_metric,
+    rouge_l,
+    token_agreement,
+)
 
-MEASURES = pytest.mark.parametrize("measure", [exact_match, f1, token_agreement])
+MEASURES = pytest.mark.parametrize("measure", [exact_match, f1, rouge_l, edit_similarity, token_agreement])
 
 answers = st.lists(st.integers(0, 3), max_size=8)
 
@@ -57,3 +67,25 @@ def test_only_the_same_answer_agrees_in_full(one, other):
 @given(answers, answers, st.randoms())
 def test_f1_does_not_see_order(one, other, random):
     assert f1(random.sample(one, len(one)), other) == f1(one, other)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "value"),
+    [("a b c d", "a x c d", 3 / 4), ("a b", "b a", 1 / 2), ("a", "a b c", 1 / 2), ("", "a", 0), ("", "", 1)],
+)
+def test_rouge_l_is_the_longest_common_subsequence(answer, expected, value):
+    assert rouge_l(answer.split(), expected.split()) == pytest.approx(value)
+
+
+def test_edit_similarity_counts_characters_of_texts_and_single_ids():
+    assert edit_similarity(["kitten"], ["sitting"]) == pytest.approx(1 - 3 / 7)
+    assert edit_similarity(["ab", "cd"], ["ab", "ce"]) == pytest.approx(1 - 1 / 5)
+    assert edit_similarity([123, 7, 9], [123, 8, 9]) == pytest.approx(1 - 1 / 3)
+
+
+def test_metrics_have_names_and_others_are_refused():
+    assert get_metric("rouge-l") is rouge_l
+    assert get_metric(KL) is None
+    with pytest.raises(UsageError, match="allowed are exact-match, f1, rouge-l, edit-similarity, kl"):
+        get_metric("bleu")
+    assert KL not in METRICS

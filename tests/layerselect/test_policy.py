@@ -1,61 +1,28 @@
-"""Policies, and the choice among their plans."""
+"""Policies, and sets of them from code and from folders."""
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from droidspeak.errors import UsageError
-from droidspeak.layerselect import Action, FrontierPoint, Plan, Policy, PolicySet, Requirement, choose
+from droidspeak.errors import PolicyError, UsageError
+from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet
+from droidspeak.layerselect.artifact import Side, write_policy
+
+from .policyfiles import remake
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 LAYERS = 6
-
-qualities = st.floats(0.0, 1.1) | st.sampled_from([0.9, 0.95])
-plans = st.lists(st.sampled_from(Action), min_size=LAYERS, max_size=LAYERS).map(lambda row: Plan(tuple(row)))
-frontiers = st.lists(st.builds(FrontierPoint, plans, qualities), min_size=1, max_size=12).map(tuple)
+SIDES = {name: Side(name, {"weights": name}) for name in ("one", "two", "three")}
 
 
 def policy(*points: tuple[str, float], sender: str = A, receiver: str = B) -> Policy:
     frontier = tuple(FrontierPoint(Plan.parse(text, LAYERS), quality) for text, quality in points)
     return Policy(sender, receiver, frontier)
-
-
-@given(frontiers, qualities)
-def test_never_below_the_floor_and_never_more_layers_than_needed(frontier, floor):
-    chosen = choose(Policy(A, B, frontier), Requirement(floor))
-    allowed = [point for point in frontier if point.quality >= floor]
-    if chosen is None:
-        assert not allowed
-    else:
-        assert chosen in [point.plan for point in allowed]
-        assert chosen.recomputed == min(point.plan.recomputed for point in allowed)
-
-
-@given(frontiers, qualities, st.randoms())
-def test_the_order_of_the_frontier_is_of_no_account(frontier, floor, random):
-    shuffled = random.sample(frontier, len(frontier))
-    assert choose(Policy(A, B, frontier), Requirement(floor)) == choose(
-        Policy(A, B, tuple(shuffled)), Requirement(floor)
-    )
-
-
-def test_better_quality_wins_among_equals_then_the_earlier_group():
-    assert str(choose(policy(("0-1", 0.96), ("2-3", 0.97)), Requirement())) == "2-3"
-    twelve = [FrontierPoint(Plan.parse(text, 12), 1.0) for text in ("10-11", "2-3")]
-    assert str(choose(Policy(A, B, tuple(twelve)), Requirement())) == "2-3"
-
-
-def test_the_floor_itself_is_allowed():
-    assert str(choose(policy(("0-1", 0.95)), Requirement(0.95))) == "0-1"
-
-
-def test_nothing_reaches_the_floor():
-    assert choose(policy(("reuse", 0.2), ("0-3", 0.9)), Requirement()) is None
 
 
 def test_transition_layers_of_all_plans():
@@ -76,6 +43,7 @@ def test_transition_layers_of_all_plans():
         (A, A, (FrontierPoint(Plan.parse("reuse", 4), 1),), "two different models"),
         ("a", B, (FrontierPoint(Plan.parse("reuse", 4), 1),), "64 hex digits"),
         (A, B.upper(), (FrontierPoint(Plan.parse("reuse", 4), 1),), "64 hex digits"),
+        (A, B, (FrontierPoint(Plan.parse("1-2+emap", 4), 1),), "has no maps"),
     ],
 )
 def test_bad_policies_are_one_line(sender, receiver, frontier, message):
@@ -88,8 +56,6 @@ def test_bad_policies_are_one_line(sender, receiver, frontier, message):
 def test_numbers_are_finite(number):
     with pytest.raises(UsageError, match="finite"):
         FrontierPoint(Plan.parse("reuse", 4), number)
-    with pytest.raises(UsageError, match="finite"):
-        Requirement(number)
 
 
 def test_policy_set():
@@ -126,3 +92,64 @@ def test_policies_may_be_added_while_others_ask():
     stop.set()
     thread.join()
     assert not failed
+
+
+# Folders
+
+
+def keep(path, sender="one", receiver="two", plan="0-1") -> Policy:
+    mine, theirs = SIDES[sender], SIDES[receiver]
+    made = Policy.fixed(mine.source_id, theirs.source_id, Plan.parse(plan, LAYERS))
+    return write_policy(path, made, mine, theirs)
+
+
+def test_a_folder(tmp_path):
+    made = [keep(tmp_path / "b.json"), keep(tmp_path / "a.json", sender="three")]
+    (tmp_path / "notes.txt").write_text("not a policy")
+    (tmp_path / ".a.json").write_text("left by an editor")
+    policies = PolicySet.from_folder(tmp_path)
+    assert {policies.get(one.sender, one.receiver) for one in made} == set(made)
+    assert (len(policies), policies.refused) == (2, ())
+
+
+def test_a_refused_file_stops_nothing(tmp_path, caplog):
+    kept = keep(tmp_path / "good.json", sender="three")
+    keep(tmp_path / "changed.json")
+    text = (tmp_path / "changed.json").read_text()
+    (tmp_path / "changed.json").write_text(text.replace('"0-1"', '"0-0"'))
+    (tmp_path / "cut.json").write_text(text[:200])
+    with caplog.at_level(logging.WARNING):
+        policies = PolicySet.from_folder(tmp_path)
+    assert policies.get(kept.sender, kept.receiver) == kept
+    assert len(policies) == 1
+    changed, cut = policies.refused
+    pair = SIDES["one"].source_id, SIDES["two"].source_id
+    assert (changed.path.name, changed.sender, changed.receiver) == ("changed.json", *pair)
+    assert "was changed after it was made" in changed.reason
+    assert (cut.path.name, cut.sender, cut.receiver) == ("cut.json", None, None)
+    assert policies.refused_senders(pair[1]) == [pair[0]]
+    assert policies.refused_senders(pair[0]) == []
+    assert [record.message.count(".json") for record in caplog.records] == [1, 1]
+
+
+def test_a_pair_with_another_file_is_not_refused(tmp_path):
+    made = keep(tmp_path / "good.json")
+    text = (tmp_path / "good.json").read_text()
+    (tmp_path / "bad.json").write_text(text.replace('"0-1"', '"0-0"'))
+    policies = PolicySet.from_folder(tmp_path)
+    assert len(policies.refused) == 1
+    assert policies.refused_senders(made.receiver) == []
+    assert policies.get(made.sender, made.receiver) == made
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.json", "b.json"), ("b.json", "a.json")])
+def test_of_two_files_of_a_pair_the_later_made_counts(tmp_path, first, second):
+    keep(tmp_path / first, plan="0-1")
+    later = keep(tmp_path / second, plan="0-2")
+    remake(tmp_path / second, created=(datetime.now(tz=UTC) + timedelta(hours=1)).isoformat())
+    assert PolicySet.from_folder(tmp_path).get(later.sender, later.receiver) == later
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(PolicyError, match="cannot be read: No such file"):
+        PolicySet.from_folder(tmp_path / "none")
