@@ -73,6 +73,7 @@ class Decoder:
         past: Sequence[KV] = (),
         e_layers: Collection[int] = (),
         on_layer: OnLayer | None = None,
+        end: int | None = None,
     ) -> DynamicCache:
         """The model's own prefill of `token_ids`, up to the K and V of the last layer; no logits.
 
@@ -82,6 +83,7 @@ class Decoder:
             e_layers: layers whose E `on_layer` gets; for the others it gets None.
             on_layer: called in ascending order, as soon as a layer has its K and V, with those of `token_ids`
                 alone, as views into the cache. What it raises ends the prefill.
+            end: last layer that is wanted, inclusive; all by default. The cache of later layers stays empty.
 
         Returns:
             The cache of past and new tokens, ready as `past_key_values` of `model(...)` and `generate`.
@@ -89,7 +91,7 @@ class Decoder:
         Raises:
             UsageError: arguments that do not fit the model, or a model in training mode.
         """
-        last = self.num_layers - 1
+        last = self.num_layers - 1 if end is None else end
         cache = self._cache(past, 0, last)
         recorder = _Recorder(cache, last, on_layer)
         layers = [
@@ -98,6 +100,29 @@ class Decoder:
         ]
         self._run(token_ids, layers, recorder)
         return cache
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """E of layer 0 for `token_ids`, `[tokens]`: their embeddings as the model scales them."""
+        found: list[Any] = []
+        self.prefill(token_ids, e_layers=[0], end=0, on_layer=lambda *layer: found.append(layer))
+        e: Tensor = found[0][-1]
+        return e
+
+    def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary embedding of `layer`, `[positions, rotary_dim]` in the model's dtype.
+
+        Raises:
+            UsageError: a model without a rotary embedding of the usual shape.
+        """
+        rotary = getattr(self._decoder, "rotary_emb", None)
+        if rotary is None:
+            raise UsageError(f"{_name(self.model)} has no `model.rotary_emb`")
+        # Gemma 3: one embedding per type of layer.
+        by_type = isinstance(getattr(rotary, "rope_type", None), dict)
+        types = [self.config.layer_types[layer]] if by_type else []
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        cos, sin = rotary(like, positions[None], *types)
+        return cos[0], sin[0]
 
     def recompute(
         self,
@@ -142,7 +167,34 @@ class Decoder:
         self._run(token_ids, layers, _Recorder(self._cache(past, start, end), end, keep))
         return group
 
-    def _run(self, token_ids: Tensor, layers: list[Any], recorder: _Recorder) -> None:
+    def recompute_rows(
+        self, rows: Tensor, token_ids: Tensor, start: int, e: Tensor, into: Sequence[KV]
+    ) -> None:
+        """K and V of some tokens in layers `start` to the last, written over theirs in `into`.
+
+        Each attends to the tokens up to its own, as `into` holds them by then.
+
+        Args:
+            rows: `[n]` int64, positions of these tokens, ascending.
+            token_ids: `[tokens]` int64, all tokens of the prefix.
+            e: their E cache of layer `start`, `[n, hidden]`.
+            into: per layer K and V of all tokens; changed in place.
+
+        Raises:
+            UsageError: a model whose attention has a window, or in training mode.
+        """
+        if any(layer.is_sliding for layer in empty_cache(self.config).layers):
+            raise UsageError(f"{_name(self.model)} attends to a window: single tokens cannot be recomputed")
+        layers = list(self._decoder.layers)
+        layers[:start] = map(_Skip, layers[:start])
+        layers[start] = _Enter(layers[start], e)
+        seen = torch.arange(len(token_ids), device=rows.device)[None] <= rows[:, None]
+        overwriter = _Overwriter(rows, into)
+        self._run(
+            token_ids[rows], layers, overwriter, attention_mask=seen[None, None], position_ids=rows[None]
+        )
+
+    def _run(self, token_ids: Tensor, layers: list[Any], recorder: Cache, **inputs: Tensor) -> None:
         """The decoder's own forward of `token_ids` over `layers`, until `recorder` has what it needs."""
         if token_ids.ndim != 1 or not len(token_ids):
             raise UsageError(f"token_ids must be [tokens], at least one, not {list(token_ids.shape)}")
@@ -153,7 +205,7 @@ class Decoder:
         # The forward of the class: one on the instance (accelerate sets it) is bound to the user's module.
         forward = type(view).forward
         with torch.no_grad(), suppress(_GroupDone):
-            forward(view, input_ids=ids, past_key_values=recorder, use_cache=True)
+            forward(view, input_ids=ids, past_key_values=recorder, use_cache=True, **inputs)
             raise UsageError(f"{_name(self.model)} does not hand over K and V through Cache.update")
 
     def _cache(self, past: Sequence[KV], start: int, end: int) -> DynamicCache:
@@ -205,6 +257,33 @@ class _Recorder(Cache):  # type: ignore[misc]  # transformers is untyped
         if layer_idx == self._end:
             raise _GroupDone
         return keys, values
+
+
+class _Overwriter(Cache):  # type: ignore[misc]  # transformers is untyped
+    """Writes what each layer adds over the `rows` of `into`, and ends the forward after the last layer."""
+
+    def __init__(self, rows: Tensor, into: Sequence[KV]) -> None:
+        super().__init__(layers=[])
+        self._rows = rows
+        self._into = into
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        return 0
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        k, v = self._into[layer_idx]
+        k[self._rows] = key_states[0].transpose(0, 1)
+        v[self._rows] = value_states[0].transpose(0, 1)
+        if layer_idx == len(self._into) - 1:
+            raise _GroupDone
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
 class _StandIn:

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from droidspeak.errors import UsageError
 from droidspeak.integrations.transformers.decoder import Decoder
 from droidspeak.integrations.transformers.kv import KV
+from droidspeak.integrations.transformers.mapped import MappedSource
 from droidspeak.layerselect import Action, Group, Plan
+from droidspeak.layerselect.mapping import Maps
 
 __all__ = ["LayerSource", "PrefixKV", "capture", "partial_prefill"]
 
@@ -46,8 +48,14 @@ class PrefixKV:
         return self.layers[layer]
 
 
-def capture(model: Decoder | PreTrainedModel, token_ids: Tensor, e_layers: Collection[int] = ()) -> PrefixKV:
-    """What a sender's own prefill of `token_ids` (`[tokens]`, int64) yields."""
+def capture(
+    model: Decoder | PreTrainedModel,
+    token_ids: Tensor,
+    e_layers: Collection[int] = (),
+    *,
+    end: int | None = None,
+) -> PrefixKV:
+    """What a sender's own prefill of `token_ids` (`[tokens]`, int64) yields, of layers up to `end`."""
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     prefix = PrefixKV()
 
@@ -56,7 +64,7 @@ def capture(model: Decoder | PreTrainedModel, token_ids: Tensor, e_layers: Colle
         if e is not None:
             prefix.inputs[layer] = e
 
-    decoder.prefill(token_ids, e_layers=e_layers, on_layer=keep)
+    decoder.prefill(token_ids, e_layers=e_layers, on_layer=keep, end=end)
     return prefix
 
 
@@ -67,6 +75,7 @@ def partial_prefill(
     source: LayerSource,
     *,
     exact_tokens: int = 0,
+    maps: Maps | None = None,
 ) -> list[KV]:
     """K and V of every layer for `token_ids`, mixed by `plan` (paper, section 4).
 
@@ -77,29 +86,43 @@ def partial_prefill(
         token_ids: `[tokens]` int64, the tokens that `source` covers.
         source: is only read.
         exact_tokens: leading tokens whose K and V in `source` are the receiver's own.
+        maps: for plans that map; on the model's device.
 
     Returns:
         Per layer K and V, `[tokens, kv_heads, head_dim]`; `past_key_values` makes a cache of them.
 
     Raises:
-        UsageError: a plan that does not fit the model, or that maps layers.
+        UsageError: a plan that does not fit the model, or that maps, without maps.
+        MapsUnusable: maps that lack a layer, or are for another shape.
         LoadFailed: from `source`.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     if plan.layers != decoder.num_layers:
         raise UsageError(f"plan of {plan.layers} layers for a model of {decoder.num_layers}")
-    if Action.MAP in plan.actions:
-        raise UsageError("this plan maps layers: it needs the maps of its policy")
+    mapped = source
+    if plan.needs_maps:
+        if maps is None:
+            raise UsageError(f"plan {plan} maps: it needs the maps of its policy")
+        maps.require(plan)
+        mapped = MappedSource(source, maps, decoder, token_ids, exact_tokens)
     mixed: dict[int, KV] = {}
     for group in plan.groups:
-        mixed |= _recompute(decoder, group, token_ids, source, exact_tokens)
-    return [mixed[layer] if layer in mixed else source.kv(layer) for layer in range(plan.layers)]
+        e = (mapped if plan.map_e else source).e(group.start) if group.start else None
+        mixed |= _recompute(decoder, group, token_ids, e, source, exact_tokens)
+    for layer, action in enumerate(plan.actions):
+        if action is not Action.RECOMPUTE:
+            mixed[layer] = (mapped if action is Action.MAP else source).kv(layer)
+    return [mixed[layer] for layer in range(plan.layers)]
 
 
 def _recompute(
-    decoder: Decoder, group: Group, token_ids: Tensor, source: LayerSource, exact_tokens: int
+    decoder: Decoder,
+    group: Group,
+    token_ids: Tensor,
+    e: Tensor | None,
+    source: LayerSource,
+    exact_tokens: int,
 ) -> dict[int, KV]:
-    e = source.e(group.start) if group.start else None
     own = {layer: _rows(source.kv(layer), exact_tokens) for layer in group} if exact_tokens else {}
     # Entries outside the group are not read; they only have to be there.
     past = [own.get(layer, own[group.start]) for layer in range(decoder.num_layers)] if own else ()
