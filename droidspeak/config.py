@@ -24,10 +24,12 @@ from pydantic_settings import (
 
 from droidspeak.connector import ConnectorOptions
 from droidspeak.errors import ConfigError, UsageError
+from droidspeak.layerselect import PolicySet, Requirement
+from droidspeak.layerselect.drift import DriftOptions
 from droidspeak.storage import DEFAULT_CHUNK_SIZE, Limits, TieredStore, WriteBackOptions, cache_folder
 from droidspeak.storage.urls import open_tier_late, parse_size
 
-__all__ = ["Settings", "load_settings", "open_store"]
+__all__ = ["Settings", "load_settings", "open_policies", "open_store"]
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,6 +46,18 @@ class LimitSettings(BaseModel):
     threads: int = Field(Limits.threads, gt=0)
 
 
+class DriftSettings(BaseModel):
+    """`droidspeak.layerselect.drift.DriftOptions`."""
+
+    model_config = _FROZEN
+
+    sample_rate: float = DriftOptions.sample_rate
+    recovery_rate: float = DriftOptions.recovery_rate
+    window: int = DriftOptions.window
+    least: int = DriftOptions.least
+    margin: float = DriftOptions.margin
+
+
 class Settings(BaseSettings):
     """Everything that can be configured.
 
@@ -53,12 +67,15 @@ class Settings(BaseSettings):
         chunk_size: tokens per chunk; all processes that share must agree.
         codec: of what is saved, `raw` or `zstd`.
         salt: this tenant's secret; other salts' caches do not exist here.
+        policies: folder of policy files; without one, no model uses another one's cache.
         quality_floor: least quality of a plan, as a share of full prefill's.
+        slo: seconds until the first token that leave time to recompute more; the fastest plan if `None`.
         load_deadline: seconds until a request stops waiting for the store.
         loaders: threads per request that read and decode.
         promote: copy what slower tiers gave into faster ones.
         write_queue: bytes that may wait in front of each slower tier.
         limits: per tier name.
+        drift: how often requests are checked for drift.
     """
 
     model_config = SettingsConfigDict(env_prefix="DROIDSPEAK_", frozen=True, extra="forbid")
@@ -70,12 +87,15 @@ class Settings(BaseSettings):
     chunk_size: int = DEFAULT_CHUNK_SIZE
     codec: str = "raw"
     salt: str = ""
+    policies: Path | None = None
     quality_floor: float = Field(0.95, ge=0, le=1)
+    slo: float | None = Field(None, gt=0, allow_inf_nan=False)
     load_deadline: float = Field(30.0, gt=0)
     loaders: int = Field(2, gt=0, le=64)
     promote: bool = True
     write_queue: str | int = "1GiB"
     limits: dict[str, LimitSettings] = {}
+    drift: DriftSettings = DriftSettings()
 
     @field_validator("tiers", mode="before")
     @classmethod
@@ -102,6 +122,16 @@ class Settings(BaseSettings):
             load_deadline=self.load_deadline,
             loaders=self.loaders,
         )
+
+    @property
+    def requirement(self) -> Requirement:
+        """What plans must reach, unless a request says otherwise."""
+        return Requirement(self.quality_floor, self.slo)
+
+    @property
+    def drift_options(self) -> DriftOptions:
+        """What the drift guard needs of this."""
+        return DriftOptions(**self.drift.model_dump())
 
 
 class _FileSource(PydanticBaseSettingsSource):
@@ -152,6 +182,15 @@ def open_store(settings: Settings) -> TieredStore:
     )
 
 
+def open_policies(settings: Settings) -> PolicySet:
+    """The policies of the folder that `settings` name; files that are refused are in its `refused`.
+
+    Raises:
+        PolicyError: the folder cannot be read.
+    """
+    return PolicySet() if settings.policies is None else PolicySet.from_folder(settings.policies)
+
+
 def _below_environment(values: dict[str, Any]) -> dict[str, Any]:
     """A file's values, less those that the environment sets too."""
     return {key: value for key, value in values.items() if f"DROIDSPEAK_{key.upper()}" not in os.environ}
@@ -159,7 +198,7 @@ def _below_environment(values: dict[str, Any]) -> dict[str, Any]:
 
 def _check(settings: Settings) -> None:
     try:
-        _ = settings.connector_options
+        _ = settings.connector_options, settings.drift_options
         parse_size(settings.write_queue)
     except UsageError as error:
         raise ConfigError(str(error)) from None

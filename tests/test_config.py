@@ -4,8 +4,10 @@ import time
 
 import pytest
 
-from droidspeak.config import load_settings, open_store
-from droidspeak.errors import ConfigError, StorageError
+from droidspeak.config import load_settings, open_policies, open_store
+from droidspeak.errors import ConfigError, PolicyError, StorageError
+from droidspeak.layerselect import Requirement
+from droidspeak.layerselect.drift import DriftOptions
 from droidspeak.storage.testing import make_chunk
 
 
@@ -66,9 +68,14 @@ def test_a_folder_that_cannot_be_used_does_not_keep_the_process_from_starting(tm
         ({"chunk_size": "many"}, "'chunk_size'"),
         ({"codec": "gzip"}, "allowed: raw, zstd"),
         ({"quality_floor": 2}, "'quality_floor'"),
+        ({"slo": 0}, "'slo'"),
+        ({"slo": "inf"}, "'slo'"),
         ({"tiers": []}, "'tiers'"),
         ({"write_queue": "1 parsec"}, "1 parsec"),
         ({"limits": {"disk": {"read_deadlin": 1}}}, "read_deadlin"),
+        ({"drift": {"sample_rate": 2}}, "drift sample_rate 2.0: allowed is 0 to 1"),
+        ({"drift": {"window": 4}}, "drift least 8: allowed is 2 to the window, 4"),
+        ({"drift": {"rate": 1}}, "drift.rate"),
     ],
 )
 def test_bad_values_are_named_in_one_line(overrides, says):
@@ -76,6 +83,28 @@ def test_bad_values_are_named_in_one_line(overrides, says):
         load_settings(overrides=overrides)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_drift(monkeypatch):
+    assert load_settings().drift_options == DriftOptions()
+    monkeypatch.setenv("DROIDSPEAK_DRIFT", '{"sample_rate": 0.5}')
+    assert load_settings().drift_options == DriftOptions(sample_rate=0.5)
+
+
+def test_policies(monkeypatch, tmp_path):
+    assert len(open_policies(load_settings())) == 0
+    monkeypatch.setenv("DROIDSPEAK_POLICIES", str(tmp_path))
+    (tmp_path / "broken.json").write_text("{")
+    policies = open_policies(load_settings())
+    assert [refusal.path.name for refusal in policies.refused] == ["broken.json"]
+    with pytest.raises(PolicyError, match="cannot be read"):
+        open_policies(load_settings(overrides={"policies": tmp_path / "none"}))
+
+
+def test_requirement(monkeypatch):
+    assert load_settings().requirement == Requirement()
+    monkeypatch.setenv("DROIDSPEAK_SLO", "0.5")
+    assert load_settings(overrides={"quality_floor": 0.9}).requirement == Requirement(0.9, 0.5)
 
 
 @pytest.mark.parametrize(("content", "says"), [("a: [", "is not YAML"), ("- 1", "must be a mapping")])

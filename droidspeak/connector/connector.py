@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from droidspeak.connector.bandwidth import Bandwidths
 from droidspeak.connector.layout import RowLayout, shard_count
 from droidspeak.connector.match import Match
 from droidspeak.connector.saver import Publisher, SaveSession
 from droidspeak.connector.status import Outcome, Reason
 from droidspeak.connector.stream import LayerStream
 from droidspeak.errors import ConfigError, Incompatible, StorageError
-from droidspeak.layerselect import Plan, Policy, PolicySet, Requirement, choose
+from droidspeak.layerselect import Plan, Policy, PolicySet, Requirement, Situation, choose
+from droidspeak.layerselect.drift import DriftGuard
 from droidspeak.storage import (
     DEFAULT_CHUNK_SIZE,
     ChunkInfo,
@@ -34,7 +36,7 @@ from droidspeak.storage import (
     Tier,
     require_compatible,
 )
-from droidspeak.storage.codecs import get_codec
+from droidspeak.storage.codecs import get_codec, is_lossless
 from droidspeak.storage.keys import TokenIds
 
 __all__ = ["Connector", "ConnectorOptions"]
@@ -76,26 +78,51 @@ class ConnectorOptions:
         shard_count(self.shard)
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What a request asks of other models' caches.
+
+    Attributes:
+        own: the match with the receiver's own chunks.
+        hashes: of the chunks after them.
+    """
+
+    own: Match
+    hashes: Sequence[str]
+    receiver: SourceManifest
+    requirement: Requirement
+    queue_depth: int
+
+
 class Connector:
     """Serves one engine process from one store.
 
     Args:
         store: any tier, usually a `TieredStore`. The connector does not close it.
         policies: which pairs may share, and how.
+        guard: keeps back pairs that have drifted; without one, none is.
 
     Attributes:
         counters: `requests` by status, `reasons` by reason, `exact_tokens`, `shared_tokens` by source,
             `bytes_loaded`, `chunks_saved`, `chunks_abandoned`, `chunks_dropped`, `save_failures`,
             `lookup_failures`.
+        bandwidths: of each tier, as finished streams measured them.
     """
 
     def __init__(
-        self, store: Tier, policies: PolicySet | None = None, options: ConnectorOptions | None = None
+        self,
+        store: Tier,
+        policies: PolicySet | None = None,
+        options: ConnectorOptions | None = None,
+        *,
+        guard: DriftGuard | None = None,
     ) -> None:
         self.store = store
         self.policies = PolicySet() if policies is None else policies
         self.options = options or ConnectorOptions()
+        self.guard = guard
         self.counters = Counters()
+        self.bandwidths = Bandwidths()
         self._shards = shard_count(self.options.shard)
         self._publisher = Publisher(store, self.options.codec, self.options.save_backlog, self.counters)
 
@@ -108,6 +135,7 @@ class Connector:
         sender: SourceManifest | None = None,
         requirement: Requirement | None = None,
         share: bool = True,
+        queue_depth: int = 0,
     ) -> Match:
         """The best match for a prompt; a match without chunks is false and says why.
 
@@ -119,6 +147,8 @@ class Connector:
             sender: of other models' caches consider only this one's; all that have a policy if `None`.
             requirement: what the plan must reach.
             share: `False` allows the receiver's own exact cache only.
+            queue_depth: requests that wait at the engine; while there are any, as little as may be is
+                recomputed.
 
         Raises:
             UsageError: token ids that are no token ids.
@@ -136,10 +166,8 @@ class Connector:
             return own
         if not share:
             return replace(own, reason=Reason.OPTED_OUT) if own.reason is Reason.MISS else own
-        policies = self._policies(receiver, sender)
-        if (refusal := self._refuse(receiver, sender, policies)) is not None:
-            return own if own else replace(own, reason=refusal)
-        return self._best_shared(own, rest, policies, requirement or Requirement())
+        question = _Question(own, rest, receiver, requirement or Requirement(), queue_depth)
+        return self._of_others(question, sender)
 
     def load(self, match: Match, device: torch.device | str = "cpu") -> LayerStream:
         """Starts loading `match`; tensors land on `device`. Raises `UsageError` if it has no chunks."""
@@ -151,6 +179,7 @@ class Connector:
             loaders=options.loaders,
             deadline=options.load_deadline,
             shards=self._shards,
+            bandwidths=self.bandwidths,
         )
 
     def save(self, token_ids: TokenIds, source: SourceManifest | None, *, salt: str = "") -> SaveSession:
@@ -204,6 +233,17 @@ class Connector:
             return replace(nothing, reason=Reason.EXACT_HIT, exact=tuple(infos))
         return replace(nothing, reason=Reason.STORE_UNAVAILABLE) if broken else nothing
 
+    def _of_others(self, question: _Question, sender: SourceManifest | None) -> Match:
+        """The best match with other models' chunks, of `sender` alone if one is given."""
+        own, receiver = question.own, question.receiver
+        policies = self._policies(receiver, sender)
+        if (refusal := self._refuse(receiver, sender, policies)) is not None:
+            return own if own else replace(own, reason=refusal)
+        match = self._guarded(question, policies)
+        if match.reason is Reason.MISS and sender is None and self._holds_refused(question):
+            return replace(match, reason=Reason.POLICY_REFUSED)
+        return match
+
     def _policies(self, receiver: SourceManifest, sender: SourceManifest | None) -> list[Policy]:
         """Policies whose plans fit `receiver`, of `sender` alone if one is given."""
         policies = self.policies.for_receiver(receiver.source_id)
@@ -225,30 +265,69 @@ class Connector:
         except Incompatible as error:
             _log.warning("no sharing: %s", error)
             return Reason(error.reason)
-        return None if policies else Reason.NO_POLICY
+        if policies:
+            return None
+        refused = sender.source_id in self.policies.refused_senders(receiver.source_id)
+        return Reason.POLICY_REFUSED if refused else Reason.NO_POLICY
 
-    def _best_shared(
-        self, own: Match, hashes: Sequence[str], policies: Sequence[Policy], requirement: Requirement
-    ) -> Match:
+    def _holds_refused(self, question: _Question) -> bool:
+        """Whether the store holds something of a sender whose policy was refused."""
+        senders = self.policies.refused_senders(question.receiver.source_id)
+        return any(self._leading(SourceId(sender), question.hashes[:1])[0] for sender in senders)
+
+    def _guarded(self, question: _Question, policies: Sequence[Policy]) -> Match:
+        """The best match of pairs that have not drifted; without one, the best of the others is withheld."""
+        drifted = [policy for policy in policies if self.guard and not self.guard.allowed(policy)]
+        allowed = [policy for policy in policies if policy not in drifted]
+        own = question.own
+        best = self._best_shared(question, allowed)
+        if best.shared or not drifted:
+            return best
+        withheld = self._best_shared(question, drifted)
+        if not withheld.shared:
+            return best
+        return replace(own, reason=own.reason if own else Reason.DRIFT, withheld=withheld)
+
+    def _best_shared(self, question: _Question, policies: Sequence[Policy]) -> Match:
         """The source with the most chunks behind the own ones; fewer recomputed layers win a tie."""
-        matches = [self._shared(own, hashes, policy, requirement) for policy in policies]
+        own = question.own
+        matches = [self._shared(question, policy) for policy in policies]
         best = max(matches, key=_preference, default=own)
         return best if best.shared or not own else own
 
-    def _shared(self, own: Match, hashes: Sequence[str], policy: Policy, requirement: Requirement) -> Match:
-        plan = choose(policy, requirement)
+    def _shared(self, question: _Question, policy: Policy) -> Match:
+        own, floor = question.own, question.requirement.quality_floor
         # A plan that loads nothing is the receiver's own prefill, which is exact and can be saved.
-        if plan is None or not plan.loaded:
+        if not any(point.quality >= floor and point.plan.loaded for point in policy.frontier):
             return replace(own, reason=Reason.BELOW_FLOOR)
-        infos, broken = self._leading(SourceId(policy.sender), hashes)
-        usable = _with_e(infos, plan)
-        if usable:
-            return replace(
-                own, reason=Reason.CROSS_MODEL_HIT, shared=tuple(usable), plan=plan, source=policy.sender
-            )
-        if infos:
-            return replace(own, reason=Reason.E_MISSING)
-        return replace(own, reason=Reason.STORE_UNAVAILABLE) if broken else own
+        infos, broken = self._leading(SourceId(policy.sender), question.hashes)
+        if not infos:
+            return replace(own, reason=Reason.STORE_UNAVAILABLE) if broken else own
+        readable = _with_codec(infos, policy)
+        plan = choose(policy, question.requirement, self._situation(question, readable))
+        if plan is None or not plan.loaded:
+            return replace(own, reason=Reason.PREFILL_CHOSEN)
+        usable = _with_e(readable, plan)
+        if not usable:
+            return replace(own, reason=Reason.E_MISSING if readable else Reason.LOSSY_CODEC)
+        return replace(
+            own,
+            reason=Reason.CROSS_MODEL_HIT,
+            shared=tuple(usable),
+            plan=plan,
+            source=policy.sender,
+            policy=policy,
+        )
+
+    def _situation(self, question: _Question, infos: Sequence[ChunkInfo]) -> Situation:
+        layout = RowLayout.of(question.receiver.architecture, self._shards)
+        return Situation(
+            tokens=len(infos) * self.options.chunk_size,
+            kv_bytes=layout.kv_bytes,
+            e_bytes=layout.e_bytes,
+            bandwidth=self.bandwidths.over([info.tier or self.store.name for info in infos]),
+            queue_depth=question.queue_depth,
+        )
 
     def _leading(self, source: SourceId, hashes: Sequence[str]) -> tuple[list[ChunkInfo], bool]:
         """What the store holds of these chunks, and whether it failed to say."""
@@ -266,6 +345,14 @@ class Connector:
 def _preference(match: Match) -> tuple[int, int, bool]:
     recomputed = match.plan.recomputed if match.plan else 0
     return len(match.shared), -recomputed, match.reason is not Reason.MISS
+
+
+def _with_codec(infos: Sequence[ChunkInfo], policy: Policy) -> Sequence[ChunkInfo]:
+    """The leading chunks that lost no bits, or lost them to the codec that `policy` was profiled with."""
+    lossless = {codec for codec in {info.codec for info in infos} if is_lossless(codec)}
+    fits = {*lossless, policy.codec}
+    count = next((n for n, info in enumerate(infos) if info.codec not in fits), len(infos))
+    return infos[:count]
 
 
 def _with_e(infos: Sequence[ChunkInfo], plan: Plan) -> Sequence[ChunkInfo]:

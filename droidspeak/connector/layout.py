@@ -47,6 +47,15 @@ class RowLayout:
         """Bytes of one token's K and V of one layer."""
         return 2 * self.kv[0] * self.kv[1] * self.dtype.itemsize
 
+    @property
+    def e_bytes(self) -> int:
+        """Bytes of one token's E of one layer."""
+        return self.e[0] * self.dtype.itemsize
+
+    def row_bytes(self, slot: Slot) -> int:
+        """Bytes of one row of `slot`."""
+        return self.e_bytes if slot.kind is SlotKind.E else self.kv_bytes // 2
+
 
 def shard_count(shard: str) -> int:
     """Of how many shards `shard` (`"<rank>of<size>"`) is one. Raises `ConfigError`."""

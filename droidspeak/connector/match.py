@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from droidspeak.connector.status import Reason
-from droidspeak.layerselect import Plan
+from droidspeak.layerselect import Plan, Policy
 from droidspeak.storage import ChunkInfo, SourceManifest
 
 __all__ = ["Match"]
@@ -26,7 +26,8 @@ class Match:
         reason: what the outcome will be if loading succeeds; why there are no chunks, without any.
         length: tokens of the prompt.
         exact: the receiver's own leading chunks.
-        shared: chunks of `source` after them, to be used by `plan`.
+        shared: chunks of `source` after them, to be used by `plan` of `policy`.
+        withheld: the match that the drift guard keeps back, for a shadow prefill to try.
     """
 
     receiver: SourceManifest | None
@@ -37,6 +38,8 @@ class Match:
     shared: tuple[ChunkInfo, ...] = ()
     plan: Plan | None = None
     source: str | None = None
+    policy: Policy | None = None
+    withheld: Match | None = None
 
     @property
     def exact_tokens(self) -> int:
@@ -70,4 +73,4 @@ class Match:
 
     def without_chunks(self, reason: Reason) -> Match:
         """The match of a prompt that is prefilled after all, because of `reason`."""
-        return replace(self, reason=reason, exact=(), shared=(), plan=None, source=None)
+        return replace(self, reason=reason, exact=(), shared=(), plan=None, source=None, policy=None)

@@ -34,6 +34,9 @@ class Reason(StrEnum):
     OPTED_OUT = "opted_out"
     E_MISSING = "e_missing"
     BELOW_FLOOR = "below_floor"
+    PREFILL_CHOSEN = "prefill_chosen"
+    LOSSY_CODEC = "lossy_codec"
+    DRIFT = "drift"
     EVICTED = "evicted"
     CORRUPT = "corrupt"
     TIMEOUT = "timeout"
@@ -46,6 +49,8 @@ class Reason(StrEnum):
     OTHER_TOKENIZER = "other_tokenizer"
     OTHER_LAYOUT = "other_layout"
     NO_POLICY = "no_policy"
+    POLICY_REFUSED = "policy_refused"
+    MAPS_UNUSABLE = "maps_unusable"
 
     @property
     def status(self) -> Status:
@@ -66,6 +71,8 @@ _UNSUPPORTED = frozenset(
         Reason.OTHER_TOKENIZER,
         Reason.OTHER_LAYOUT,
         Reason.NO_POLICY,
+        Reason.POLICY_REFUSED,
+        Reason.MAPS_UNUSABLE,
     }
 )
 

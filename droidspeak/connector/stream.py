@@ -25,6 +25,7 @@ from typing import Self
 
 import torch
 
+from droidspeak.connector.bandwidth import Bandwidths, TransferClock
 from droidspeak.connector.layout import RowLayout
 from droidspeak.connector.match import Match
 from droidspeak.connector.status import Reason
@@ -49,6 +50,7 @@ class _Job:
     key: ChunkKey
     slots: tuple[Slot, ...]
     rows: slice
+    tier: str
 
 
 class LayerStream:
@@ -59,6 +61,7 @@ class LayerStream:
         loaders: threads that read and decode.
         deadline: seconds from now until the last await must be answered.
         shards: tensor-parallel shards that the receiver is split over.
+        bandwidths: told how fast each tier was, when everything has come.
 
     Attributes:
         bytes_loaded: stored bytes that have come so far.
@@ -77,6 +80,7 @@ class LayerStream:
         loaders: int = 2,
         deadline: float = 30.0,
         shards: int = 1,
+        bandwidths: Bandwidths | None = None,
     ) -> None:
         if match.receiver is None or not match:
             raise UsageError("a match without chunks cannot be loaded")
@@ -92,6 +96,7 @@ class LayerStream:
         self._missing = Counter(slot for job in self._jobs for slot in job.slots)
         self._reading = 0
         self._corrupt: ChunkCorrupt | None = None
+        self._clock, self._bandwidths = TransferClock(), bandwidths
         self.bytes_loaded = 0
         self.wait_seconds = 0.0
         for n in range(min(loaders, len(self._jobs))):
@@ -158,7 +163,7 @@ class LayerStream:
         size = self._match.chunk_size
         for n, info in enumerate(infos if slots else ()):
             start = first + n * size
-            yield _Job(info.key, tuple(slots), slice(start, start + size))
+            yield _Job(info.key, tuple(slots), slice(start, start + size), info.tier or self._store.name)
 
     def _batches(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Layers in order, as many at a time as make one good request of one chunk's bytes."""
@@ -199,6 +204,7 @@ class LayerStream:
                 return None
             job = self._jobs.popleft()
             self._reading += 1
+            self._clock.start(job.tier)
             return job
 
     def _load(self, job: _Job) -> int:
@@ -225,7 +231,16 @@ class LayerStream:
             self.bytes_loaded += loaded
             self._missing.subtract(job.slots)
             self._reading -= 1
+            decoded = sum(self._layout.row_bytes(slot) for slot in job.slots)
+            self._clock.stop(job.tier, decoded * self._match.chunk_size)
             self._changed.notify_all()
+            if not (self._jobs or self._reading or self._error or self._closed):
+                self._report()
+
+    def _report(self) -> None:
+        if self._bandwidths is not None:
+            for transfer in self._clock.transfers():
+                self._bandwidths.add(transfer)
 
     def _failed(self, error: StorageError) -> None:
         """Ends the stream; if chunks turned out bad, after the other loaders have told what they found.

@@ -16,7 +16,7 @@ import zstandard
 
 from droidspeak.errors import ChunkCorrupt, ConfigError
 
-__all__ = ["Codec", "RawCodec", "ZstdCodec", "as_bytes", "get_codec"]
+__all__ = ["Codec", "RawCodec", "ZstdCodec", "as_bytes", "get_codec", "is_lossless"]
 
 
 class Codec(ABC):
@@ -99,3 +99,8 @@ def get_codec(name: str) -> Codec:
         return _CODECS[name]()
     except KeyError:
         raise ConfigError(f"unknown codec {name!r}; allowed: {', '.join(sorted(_CODECS))}") from None
+
+
+def is_lossless(name: str) -> bool:
+    """Whether the codec called `name` keeps every bit; `False` for one that is not known."""
+    return name in _CODECS and _CODECS[name]().lossless

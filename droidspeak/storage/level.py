@@ -64,7 +64,7 @@ class Level:
             stop = next((n for n, key in enumerate(rest) if key in waiting), len(rest))
             with self._counting():
                 run = self.tier.leading(rest[:stop])
-            found += run
+            found += [info.held_by(self.name) for info in run]
             if len(run) < stop:
                 break
         return found

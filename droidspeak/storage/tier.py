@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -36,6 +36,7 @@ class ChunkInfo:
     Attributes:
         nbytes: bytes of the whole object, header included.
         e_layers: layers whose E is stored.
+        tier: name of the tier that holds it, where a store has several.
     """
 
     key: ChunkKey
@@ -43,11 +44,16 @@ class ChunkInfo:
     nbytes: int
     e_layers: tuple[int, ...]
     codec: str = "raw"
+    tier: str | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, chunk: Chunk) -> ChunkInfo:
         header = chunk.header
         return cls(header.key, header.tokens, header.nbytes, header.e_layers, header.codec)
+
+    def held_by(self, tier: str) -> ChunkInfo:
+        """The same, of the tier called `tier`."""
+        return ChunkInfo(self.key, self.tokens, self.nbytes, self.e_layers, self.codec, tier)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ import torch
 from droidspeak.connector import Connector, ConnectorOptions, Match, Reason, Status
 from droidspeak.errors import ConfigError, TierTimeout, TierUnavailable, UsageError
 from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet, Requirement
+from droidspeak.layerselect.artifact import Side, write_policy
+from droidspeak.storage import codecs
 from droidspeak.storage.wrappers import FaultyTier, fail
 
 from .models import LAYERS, SIZE, WatchedTier, fill, keys_of, memory, model, prompt
@@ -392,16 +394,21 @@ def test_bad_options_are_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_lossy_codecs_are_refused(monkeypatch):
-    from droidspeak.storage import codecs
+@pytest.fixture
+def lossy(monkeypatch):
+    """The name of a codec that loses bits."""
 
     class Lossy(codecs.RawCodec):
         name = "lossy"
         lossless = False
 
     monkeypatch.setitem(codecs._CODECS, "lossy", Lossy)
+    return "lossy"
+
+
+def test_lossy_codecs_are_refused(lossy):
     with pytest.raises(ConfigError, match="lossy"):
-        ConnectorOptions(codec="lossy")
+        ConnectorOptions(codec=lossy)
 
 
 def test_without_chunks():
@@ -410,4 +417,53 @@ def test_without_chunks():
     match = connector(store, policy()).lookup(IDS, ME)
     empty = match.without_chunks(Reason.CORRUPT)
     assert found(empty) == (0, 0, None, Reason.CORRUPT)
-    assert empty == replace(match, reason=Reason.CORRUPT, shared=(), plan=None, source=None)
+    assert empty == replace(match, reason=Reason.CORRUPT, shared=(), plan=None, source=None, policy=None)
+
+
+# Policies that are refused, and codecs that lose bits
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """A folder whose only policy, SENDER -> ME, was changed by hand."""
+    sides = Side.of("sender", SENDER), Side.of("me", ME)
+    path = tmp_path / "policy.json"
+    write_policy(path, policy(), *sides)
+    path.write_text(path.read_text().replace('"0-1"', '"0-0"'))
+    return PolicySet.from_folder(tmp_path)
+
+
+def test_a_refused_policy_is_unsupported(refused):
+    store = memory()
+    sharing = Connector(store, refused, ConnectorOptions(chunk_size=SIZE))
+    assert found(sharing.lookup(IDS, ME)) == (0, 0, None, Reason.MISS)
+    assert found(sharing.lookup(IDS, ME, sender=SENDER)) == (0, 0, None, Reason.POLICY_REFUSED)
+    fill(store, SENDER, IDS)
+    match = sharing.lookup(IDS, ME)
+    assert found(match) == (0, 0, None, Reason.POLICY_REFUSED)
+    assert match.reason.status is Status.UNSUPPORTED
+    assert found(sharing.lookup(IDS, ME, sender=OTHER)) == (0, 0, None, Reason.NO_POLICY)
+    assert found(sharing.lookup(prompt(4, seed=1), SENDER, sender=ME)) == (0, 0, None, Reason.NO_POLICY)
+
+
+def test_a_refused_policy_keeps_nobody_else_from_sharing(refused):
+    store = memory()
+    fill(store, SENDER, IDS)
+    refused.add(policy(OTHER))
+    sharing = Connector(store, refused, ConnectorOptions(chunk_size=SIZE))
+    assert found(sharing.lookup(IDS, ME, sender=OTHER)) == (0, 0, None, Reason.MISS)
+    fill(store, OTHER, IDS, only=[0, 1])
+    assert found(sharing.lookup(IDS, ME)) == (0, 2 * SIZE, OTHER.source_id, Reason.CROSS_MODEL_HIT)
+    fill(store, ME, IDS, only=[0])
+    assert found(sharing.lookup(IDS, ME, sender=SENDER)) == (SIZE, 0, None, Reason.EXACT_HIT)
+
+
+def test_lossy_chunks_need_a_policy_that_was_profiled_with_their_codec(lossy):
+    store = memory()
+    fill(store, SENDER, IDS, only=[0, 1], codec="zstd")
+    fill(store, SENDER, IDS, only=[2, 3], codec=lossy)
+    for codec, chunks in ((None, 2), ("other", 2), (lossy, 4)):
+        sharing = connector(store, replace(policy(), codec=codec))
+        assert sharing.lookup(IDS, ME).shared_tokens == chunks * SIZE
+    fill(store, SENDER, IDS, only=[0], codec=lossy)
+    assert found(connector(store, policy()).lookup(IDS, ME)) == (0, 0, None, Reason.LOSSY_CODEC)

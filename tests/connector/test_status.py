@@ -15,6 +15,9 @@ STATUSES = {
         "opted_out",
         "e_missing",
         "below_floor",
+        "prefill_chosen",
+        "lossy_codec",
+        "drift",
         "evicted",
         "corrupt",
         "timeout",
@@ -28,6 +31,8 @@ STATUSES = {
         "other_tokenizer",
         "other_layout",
         "no_policy",
+        "policy_refused",
+        "maps_unusable",
     ],
 }
 
