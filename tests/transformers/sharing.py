@@ -24,8 +24,8 @@ def memory() -> MemoryTier:
 
 
 def door(model, store: Tier, policies: PolicySet | None = None, **options) -> DroidSpeak:
-    """A door with small chunks; `folder`, `save` and `requirement` go to the door itself."""
-    own = {name: options.pop(name) for name in ("folder", "save", "requirement") if name in options}
+    """A door with small chunks; those of `own` go to the door itself."""
+    own = {name: options.pop(name) for name in ("drift", "folder", "save", "requirement") if name in options}
     return DroidSpeak(model, store, policies, options=ConnectorOptions(chunk_size=SIZE, **options), **own)
 
 

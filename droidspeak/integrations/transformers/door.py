@@ -11,6 +11,7 @@ are never saved. Whatever is wrong with the cache, the model prefills and the ou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,15 +24,20 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from droidspeak.connector import Connector, ConnectorOptions, LayerStream, Match, Outcome, Reason
-from droidspeak.errors import LoadFailed, UsageError
+from droidspeak.errors import LoadFailed, MapsUnusable, UsageError
 from droidspeak.integrations.transformers.decoder import Decoder
 from droidspeak.integrations.transformers.identity import ModelIdentity
 from droidspeak.integrations.transformers.kv import KV, empty_cache, past_key_values, plan_batch, stack
 from droidspeak.integrations.transformers.partial import partial_prefill
+from droidspeak.integrations.transformers.shadow import Shadow
 from droidspeak.layerselect import Plan, PolicySet, Requirement
+from droidspeak.layerselect.drift import DriftGuard, DriftOptions
+from droidspeak.layerselect.mapping import MapCache
 from droidspeak.storage import SourceManifest, Tier
 
 __all__ = ["DroidSpeak", "Generation", "Prefix"]
+
+_log = logging.getLogger(__name__)
 
 # Modes of `generate` that would read the prompt anew over its prefix, and say something else.
 _WITHOUT_PREFIX = (
@@ -86,6 +92,7 @@ class DroidSpeak:
         options: chunk size, codec, deadlines.
         save: keep what this model prefills.
         requirement: what plans must reach, unless a call says otherwise.
+        drift: how often requests are checked for drift (`shadow`); none is if `None`.
 
     Raises:
         UsageError: a model of another shape.
@@ -101,12 +108,16 @@ class DroidSpeak:
         options: ConnectorOptions | None = None,
         save: bool = True,
         requirement: Requirement | None = None,
+        drift: DriftOptions | None = None,
     ) -> None:
         self.model = model
         self.decoder = Decoder(model)
-        self.connector = Connector(store, policies, options)
+        guard = DriftGuard(drift) if drift else None
+        self.connector = Connector(store, policies, options, guard=guard)
         self._identity = ModelIdentity(model, folder)
+        self._maps = MapCache(self.decoder.device)
         self._save, self._requirement = save, requirement
+        self._shadow = self._new_shadow(guard) if guard else None
         # Now, while the folder still is what the model was loaded from.
         self._identity.manifest()
 
@@ -155,6 +166,8 @@ class DroidSpeak:
         if not prefix.outcome.shared_tokens:
             prefix = self._prefill_rest(ids, prefix, receiver, salt)
         self.connector.record(prefix.outcome)
+        if self._shadow is not None:
+            self._shadow.offer(ids, match, prefix.outcome, prefix.layers)
         return prefix
 
     def generate(
@@ -201,11 +214,18 @@ class DroidSpeak:
         return Generation(sequences, tuple(prefix.outcome for prefix in prefixes))
 
     def flush(self) -> None:
-        """Waits until everything saved so far has been handed to the store, or refused by it."""
+        """Waits until everything saved so far has been handed to the store, or refused by it.
+
+        And until the requests sampled so far are checked for drift.
+        """
         self.connector.flush()
+        if self._shadow is not None:
+            self._shadow.flush()
 
     def close(self) -> None:
-        """Waits for what is being saved."""
+        """Waits for what is being saved, and for the sample that is being checked for drift."""
+        if self._shadow is not None:
+            self._shadow.close()
         self.connector.close()
 
     def __enter__(self) -> Self:
@@ -216,18 +236,38 @@ class DroidSpeak:
     ) -> None:
         self.close()
 
+    def _new_shadow(self, guard: DriftGuard) -> Shadow:
+        return Shadow(
+            self.decoder,
+            guard,
+            self.connector.counters,
+            load=lambda ids, match: self._load(ids, match).layers,
+            manifest=self._identity.manifest,
+        )
+
     def _load(self, ids: Tensor, match: Match) -> Prefix:
         """The prefix that `match` promises; an empty one if loading fails."""
         plan = match.plan or Plan.recompute(self.decoder.num_layers, ())
         layers: list[KV] = []
-        with self.connector.load(match, self.decoder.device) as stream:
-            try:
+        stream: LayerStream | None = None
+        try:
+            # First: without them nothing that is loaded is of use.
+            maps = self._maps.get(match.policy) if match.policy and plan.needs_maps else None
+            with self.connector.load(match, self.decoder.device) as stream:
                 layers = partial_prefill(
-                    plan, self.decoder, ids[: match.tokens], stream, exact_tokens=match.exact_tokens
+                    plan,
+                    self.decoder,
+                    ids[: match.tokens],
+                    stream,
+                    exact_tokens=match.exact_tokens,
+                    maps=maps,
                 )
-            except LoadFailed as error:
-                match = match.without_chunks(Reason(error.reason))
-            return Prefix(self.decoder.config, tuple(layers), _outcome(match, stream))
+        except LoadFailed as error:
+            match = match.without_chunks(Reason(error.reason))
+        except MapsUnusable as error:
+            _log.warning("prefilled: %s", error)
+            match = match.without_chunks(Reason.MAPS_UNUSABLE)
+        return Prefix(self.decoder.config, tuple(layers), _outcome(match, stream))
 
     def _prefill_rest(
         self, ids: Tensor, prefix: Prefix, receiver: SourceManifest | None, salt: str
