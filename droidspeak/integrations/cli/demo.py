@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -14,15 +12,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import Progress
 
 from droidspeak import __version__
 from droidspeak.errors import ConfigError, DroidSpeakError, UsageError
 from droidspeak.integrations.cli.demo_task import TIMING, Task
+from droidspeak.integrations.cli.machine import machine
 from droidspeak.integrations.cli.output import Format, note, progress, show_json, show_table
 from droidspeak.layerselect import Plan
+from droidspeak.layerselect.artifact import Side, read_artifact
 from droidspeak.prompts import load_prompts
 from droidspeak.storage import DEFAULT_CHUNK_SIZE, SourceManifest
 
@@ -51,6 +50,9 @@ def demo(
     plan: Annotated[
         list[str] | None, typer.Option(help="Layers to recompute, such as 0-3; may be repeated.")
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Show the plans of this policy file (`droidspeak profile`).")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
     store: Annotated[
@@ -72,6 +74,8 @@ def demo(
             task = _own_task(sender, receiver, prompts, folder)
         else:
             task = _lab_task(folder)
+        if policy is not None:
+            task = _with_policy(task, policy)
         task = replace(
             task,
             plans=_plans(task, plan),
@@ -82,7 +86,7 @@ def demo(
         report = {
             "version": 1,
             "droidspeak": __version__,
-            "machine": _machine(),
+            "machine": machine(),
             **_run(task, folder, timing),
         }
     if format is Format.JSON:
@@ -114,6 +118,15 @@ def _lab_task(folder: Path) -> Task:
         _LAB_CHUNK_SIZE,
         prompts=str(prompts),
     )
+
+
+def _with_policy(task: Task, path: Path) -> Task:
+    """The plans of a policy file that reuse layers. Raises `PolicyError` if it is for another pair."""
+    artifact = read_artifact(path)
+    sides = (Path(folder) for folder in (task.sender, task.receiver))
+    artifact.require_pair(*(Side.of(side.name, SourceManifest.from_folder(side)) for side in sides))
+    plans = [point.plan for point in artifact.policy(path.parent).frontier]
+    return replace(task, policy=str(path), plans=[str(plan) for plan in plans if plan.loaded])
 
 
 def _lab_plans(sender: str, receiver: str) -> list[str]:
@@ -202,27 +215,8 @@ def _store_folder(wanted: Path | None) -> Iterator[Path]:
     yield wanted
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _show(report: dict[str, Any]) -> None:
-    pair, machine = report["pair"], report["machine"]
+    pair, made_on = report["pair"], report["machine"]
     tokens = pair["sent"]["prefix_tokens"]
     names = [Path(pair[side]).name for side in ("sender", "receiver")]
     answers = pair["methods"][0]["answers"]
@@ -239,7 +233,7 @@ def _show(report: dict[str, Any]) -> None:
             timing,
             quality=False,
         )
-    note(f"\n{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; TTFT is the median")
+    note(f"\n{made_on['processor']}, {made_on['cores']} cores, torch {made_on['torch']}; TTFT is the median")
 
 
 def _table(title: str, part: dict[str, Any], *, quality: bool) -> None:

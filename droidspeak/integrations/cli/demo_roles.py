@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from droidspeak.connector import ConnectorOptions
 from droidspeak.errors import DroidSpeakError, PromptError, UsageError
 from droidspeak.integrations.cli.demo_task import TIMING, Task
 from droidspeak.integrations.transformers import DroidSpeak, manifest_of
 from droidspeak.integrations.transformers.answer import Answer, PromptEncoder, answer
+from droidspeak.integrations.transformers.loading import eos_ids, load_model
 from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet
+from droidspeak.layerselect.artifact import read_policy
 from droidspeak.layerselect.metrics import exact_match, f1, token_agreement
 from droidspeak.prompts import Prompt, load_prompts
 from droidspeak.storage import SourceManifest, TieredStore
@@ -104,7 +106,7 @@ class Side:
         self.folder = None if name.startswith(TIMING) else Path(name)
         self.model = _load(name)
         self.manifest = manifest_of(self.model, self.folder)
-        self.eos_ids = _eos_ids(self.model)
+        self.eos_ids = eos_ids(self.model)
 
     def manifest_of(self, name: str) -> SourceManifest:
         """Of the other side: from its folder, or its random weights."""
@@ -134,7 +136,7 @@ def send(task: Task) -> dict[str, Any]:
     side = Side(task.sender, task)
     receiver = side.manifest_of(task.receiver)
     plans = [Plan.parse(text, side.manifest.architecture.layers) for text in task.plans]
-    policies = PolicySet([_policy(side.manifest, receiver, plans)])
+    policies = PolicySet([_policy(side.manifest, receiver, plans, task)])
     encoder = side.encoder
     prefixes = {tuple(encoder.encode(prompt)[0]) for prompt in side.prompts()}
     with _store(task) as store, side.droid(store, policies, save=True) as droid:
@@ -160,7 +162,9 @@ def receive(task: Task) -> dict[str, Any]:
     plans = [Plan.parse(text, layers) for text in task.plans]
     with _store(task) as store:
         droids = {
-            str(plan): side.droid(store, PolicySet([_policy(sender, side.manifest, [plan])]), save=False)
+            str(plan): side.droid(
+                store, PolicySet([_policy(sender, side.manifest, [plan], task)]), save=False
+            )
             for plan in plans
         }
         tallies = _answer_all(side, droids, plans, sender)
@@ -207,36 +211,24 @@ def _asker(
 
 
 def _method(plan: Plan) -> str:
+    if plan.needs_maps:
+        return f"DroidSpeak, {plan}"
     return "full reuse" if not plan.groups else f"DroidSpeak, layers {plan} recomputed"
 
 
-def _policy(sender: SourceManifest, receiver: SourceManifest, plans: list[Plan]) -> Policy:
+def _policy(sender: SourceManifest, receiver: SourceManifest, plans: list[Plan], task: Task) -> Policy:
     if sender.source_id == receiver.source_id:
         raise UsageError("sender and receiver are the same model: its own cache is exact, no plan is needed")
     points = tuple(FrontierPoint(plan, quality=1.0) for plan in plans)
-    return Policy(sender.source_id, receiver.source_id, points)
+    maps = read_policy(Path(task.policy)).maps if task.policy else None
+    return Policy(sender.source_id, receiver.source_id, points, maps=maps)
 
 
 def _load(name: str) -> PreTrainedModel:
     if name.startswith(TIMING):
         torch.manual_seed(int(name.removeprefix(TIMING)))
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(timing_config()).eval())
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is no model folder: needed are config.json and safetensors weights")
-    dtype = AutoConfig.from_pretrained(folder).dtype
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return cast(PreTrainedModel, model.eval())
-
-
-def _eos_ids(model: Any) -> frozenset[int]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+    return load_model(name)
 
 
 def _store(task: Task) -> TieredStore:

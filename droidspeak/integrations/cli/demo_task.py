@@ -19,6 +19,7 @@ class Task:
         store: folder of the disk tier.
         plans: as `Plan.parse` reads them.
         prompts: prompt file, or `None` for one random prompt of `random_tokens`.
+        policy: policy file whose plans, with its maps, are shown; or `None` for plans without maps.
         limit: use only the first prompts.
         repeats: answers to each prompt by each method.
     """
@@ -29,6 +30,7 @@ class Task:
     plans: list[str]
     chunk_size: int
     prompts: str | None = None
+    policy: str | None = None
     limit: int | None = None
     max_new_tokens: int = 8
     repeats: int = 1

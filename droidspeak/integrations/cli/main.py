@@ -13,7 +13,7 @@ import typer
 
 from droidspeak import __version__
 from droidspeak.errors import DroidSpeakError, IdentityError, UsageError
-from droidspeak.integrations.cli import demo
+from droidspeak.integrations.cli import demo, policy, profile
 from droidspeak.integrations.cli.output import note
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(demo.demo)
+app.command()(profile.profile)
+app.add_typer(policy.app)
 
 
 def _version(value: bool) -> None:
@@ -44,7 +46,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with its status."""
     try:
-        app(arguments, standalone_mode=False)
+        sys.exit(app(arguments, standalone_mode=False))
     except typer.TyperException as error:
         note(f"error: {error.format_message()}")
         sys.exit(error.exit_code)
