@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: help demo test check format lab bench clean
+.PHONY: help demo test check format lab bench bench-quality clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ help:
 	touch $@
 
 .venv/dev: .venv/base
-	$(PIP) --editable '.[s3,dev]'
+	$(PIP) --editable '.[s3,profile,ray,dev]'
 	touch $@
 
 ## make demo    share a KV cache between two fine-tuned models, and see what it saves
@@ -44,6 +44,10 @@ lab: .venv/dev
 ## make bench   measure, and write docs/benchmarks
 bench: .venv/dev
 	$(PY) -m benchmarks
+
+## make bench-quality  measure quality on all pairs of the lab, and write docs/benchmarks/quality.md
+bench-quality: .venv/dev
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.quality
 
 ## make clean   remove .venv and caches
 clean:

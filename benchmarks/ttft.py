@@ -16,17 +16,18 @@ from droidspeak.layerselect import FrontierPoint, Group, Plan, Policy, PolicySet
 from droidspeak.storage import TieredStore
 from droidspeak.storage.disk import DiskTier
 
-_LAYERS, _TOKENS, _SUFFIX = 16, 2048, 16
+LAYERS, _TOKENS, _SUFFIX = 16, 2048, 16
 _COUNTS = (1, 2, 4, 8)
 
 
-def _model(seed: int) -> PreTrainedModel:
+def random_model(seed: int) -> PreTrainedModel:
+    """16 layers of hidden 1024, random weights, float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=_LAYERS,
+        num_hidden_layers=LAYERS,
         num_attention_heads=16,
         num_key_value_heads=4,
         max_position_embeddings=8192,
@@ -35,13 +36,13 @@ def _model(seed: int) -> PreTrainedModel:
 
 
 def _plans() -> list[Plan]:
-    groups = [Group(_LAYERS // 4, _LAYERS // 4 + count - 1) for count in _COUNTS]
-    return [Plan.recompute(_LAYERS, ()), *(Plan.recompute(_LAYERS, [group]) for group in groups)]
+    groups = [Group(LAYERS // 4, LAYERS // 4 + count - 1) for count in _COUNTS]
+    return [Plan.recompute(LAYERS, ()), *(Plan.recompute(LAYERS, [group]) for group in groups)]
 
 
 def _calls(store: TieredStore) -> dict[str, Callable[[], object]]:
     """One answer of one token by each method; the receiver keeps nothing."""
-    sender, receiver = _model(1), _model(2)
+    sender, receiver = random_model(1), random_model(2)
     sent, received = manifest_of(sender).source_id, manifest_of(receiver).source_id
     token_ids = torch.randint(3, 2048, (_TOKENS + _SUFFIX,)).tolist()
 
@@ -68,9 +69,9 @@ def _calls(store: TieredStore) -> dict[str, Callable[[], object]]:
 
 def _row(plan: Plan, series: dict[str, Series]) -> list[str]:
     ours, full, reuse = series[str(plan)], series["full"], series["reuse"]
-    limit = reuse.median + plan.recomputed / _LAYERS * full.median
+    limit = reuse.median + plan.recomputed / LAYERS * full.median
     return [
-        f"{plan.recomputed} of {_LAYERS}",
+        f"{plan.recomputed} of {LAYERS}",
         ours.spread(digits=0),
         f"{ours.ratio(full):.2f}x",
         f"{limit * 1e3:,.0f}",
@@ -96,7 +97,7 @@ def run() -> str:
         "target",
     ]
     title = (
-        f"## Time to first token\n\n{_LAYERS} layers, hidden 1024, 16 query and 4 KV heads, float32, random "
+        f"## Time to first token\n\n{LAYERS} layers, hidden 1024, 16 query and 4 KV heads, float32, random "
         f"weights; {_TOKENS} shared tokens, {_SUFFIX} new ones; disk tier, warm page cache.\n\n"
     )
     return title + table(columns, rows)

@@ -80,7 +80,8 @@ class Evidence:
     Attributes:
         groups: scores of the search, on `calibration`.
         scores: of `candidates`, `singles`, `baselines`, full prefill and the sender alone, on `held_out`.
-        searched, answered: the results behind `groups` and `scores`.
+        searched: all results of the search, `kinds` kinds of maps included.
+        answered: the results behind `scores`.
         maps: of the kind `map_features`, which mapped plans need.
         seconds: that all of it took.
     """
@@ -95,6 +96,7 @@ class Evidence:
     baselines: Sequence[Method]
     scores: Scores
     searched: Sequence[Result]
+    kinds: int
     answered: Sequence[Result]
     map_features: str | None
     maps: MapFile | None
@@ -194,7 +196,7 @@ def _work(evidence: Evidence) -> Work:
     # Mapping K and V asks for no prefill of its own.
     prefilled = {Plan.recompute(plan.layers, plan.groups, map_e=plan.map_e) for plan in plans}
     tokens = sum(len(unit.prefix) for unit in evidence.calibration)
-    each_group = tokens * sum(plan.recomputed for plan in prefilled)
+    each_group = tokens * sum(plan.recomputed * (evidence.kinds if plan.map_e else 1) for plan in prefilled)
     return Work(len(runs), sum(layers * count for layers, count in runs), each_group, evidence.seconds)
 
 

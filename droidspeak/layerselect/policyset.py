@@ -46,7 +46,7 @@ class PolicySet:
             self.add(policy)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path | str) -> Self:
         """Every `*.json` of `folder`; of two policies of one pair the later made counts.
 
         A file that is no sound policy stops nothing: it is logged, and kept in `refused`.
@@ -54,6 +54,7 @@ class PolicySet:
         Raises:
             PolicyError: the folder cannot be read.
         """
+        folder = Path(folder)
         try:
             paths = sorted(path for path in folder.iterdir() if _is_policy(path))
         except OSError as error:

@@ -82,8 +82,10 @@ class Profiler:
         """Measures everything and draws the conclusions. Raises `UsageError`."""
         started = time.monotonic()
         plain = self._search("groups", None, self._plain_plans())
-        kind, mapped = self._best_maps()
-        groups = {**plain.scores, **mapped.scores}
+        tried = self._tried_maps()
+        # The kind whose best plans of all sizes diverge least.
+        kind = min(tried, key=lambda name: self._divergence(tried[name].scores), default=None)
+        groups = {**plain.scores, **(tried[kind].scores if kind else {})}
         candidates = self._best(groups)
         singles, scattered = self._scattered()
         blends = self._blends()
@@ -105,7 +107,8 @@ class Profiler:
             singles=singles,
             baselines=[Plan.parse("reuse", self._pair.layers), *scattered, *blends],
             scores=held_out.scores,
-            searched=[*plain.results, *mapped.results],
+            searched=[*plain.results, *(result for one in tried.values() for result in one.results)],
+            kinds=len(tried),
             answered=held_out.results,
             map_features=kind,
             maps=maps,
@@ -123,14 +126,10 @@ class Profiler:
         generate = self._options.search is Search.FULL
         return self._measure(title, self._calibration, plans, maps=maps, generate=generate)
 
-    def _best_maps(self) -> tuple[str | None, _Measured]:
-        """The kind of maps whose best plans of all sizes diverge least, and what was measured with it."""
+    def _tried_maps(self) -> dict[str, _Measured]:
+        """The mapped plans with each kind of maps."""
         plans = mapped_plans(self._pair.layers, self._groups)
-        tried = {kind: self._search(f"groups, {kind} maps", file, plans) for kind, file in self._maps.items()}
-        if not tried:
-            return None, _Measured()
-        kind = min(tried, key=lambda name: self._divergence(tried[name].scores))
-        return kind, tried[kind]
+        return {kind: self._search(f"groups, {kind} maps", file, plans) for kind, file in self._maps.items()}
 
     def _divergence(self, scores: Scores) -> float:
         """Mean over sizes of the least divergence."""

@@ -185,11 +185,11 @@ def _show(found: Profile, out: Path) -> None:
         f"{found.sender_name} -> {found.receiver_name}: {found.layers} layers, {found.metric} on "
         f"{found.full_prefill.measures.prompts} held-out prompts"
     )
-    rows = [_row("full prefill", found.full_prefill), _row("full reuse", _full_reuse(found))]
+    rows = {"full prefill": found.full_prefill, "reuse": _full_reuse(found)}
     by_plan = {finding.method: finding for finding in found.candidates}
-    rows += [_row(str(point.plan), by_plan[point.plan]) for point in found.policy.frontier]
+    rows |= {str(point.plan): by_plan[point.plan] for point in found.policy.frontier}
     columns = ["", "layers", "quality", "95 %", "of full", "KL", "agreement", "worst prompt"]
-    show_table(title, columns, rows)
+    show_table(title, columns, [_row(name, finding) for name, finding in rows.items()])
     work = found.work
     note(
         f"policy written to {out}; {work.seconds:,.0f} s; the search took {work.partial_prefills} recompute "
