@@ -281,8 +281,8 @@ def main(names: Sequence[str]) -> None:
         f"Models of the lab, bfloat16, {pairs[0].fast.layers} layers; "
         f"exact match on {prompts} held-out prompts of each receiver, in brackets the 95 % bootstrap "
         "interval over prompts. Plans were chosen by divergence on 16 calibration prompts of 4 prefixes, "
-        "maps fitted on 4 other prefixes; of the ways to map (E alone, K and V before the group, or "
-        "everywhere) each size shows the best.\n"
+        "with maps fitted on 4 others; the maps that are measured were fitted on all 8. Of the ways to map "
+        "(E alone, K and V before the group, or everywhere) each size shows the best.\n"
     )
     text = "\n".join([head, *(section + "\n" for section in sections)])
     print(text, flush=True)

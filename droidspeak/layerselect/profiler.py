@@ -3,6 +3,7 @@
     search     every contiguous group on calibration prompts, plain and with each kind of maps
                full: by the task metric, as in the paper (section 5); fast: by divergence on a few prompts
     candidates the best plan of each size, plain and for each way to map; full reuse, full prefill
+    refit      the best kind of maps, on all calibration prompts
     measure    candidates, sensitivity and baselines on held-out prompts, with the task metric
     frontier   the Pareto set of the candidates -> the policy
 
@@ -58,6 +59,7 @@ class Profiler:
         calibration: prompts for the search; none of them was used to fit maps.
         held_out: prompts for everything that is reported.
         maps: fitted maps by the name of their features; the best kind is kept.
+        refit: fits that kind once more, with the prompts of the search, which have served their purpose.
 
     Raises:
         UsageError: no prompts, or prompts that are in both sets.
@@ -71,11 +73,13 @@ class Profiler:
         calibration: Sequence[Unit],
         held_out: Sequence[Unit],
         maps: Mapping[str, MapFile] | None = None,
+        refit: Callable[[str], MapFile] | None = None,
     ) -> None:
         self._pair, self._options, self._run = pair, options, run
         limit = options.prompts if options.search is Search.FAST else len(_ids(calibration))
         self._calibration, self._held_out = spread(calibration, limit), list(held_out)
         self._maps = dict(maps or {})
+        self._refit = refit or self._maps.__getitem__
         self._groups = contiguous_groups(pair.layers, options.granularity)
 
     def profile(self) -> Profile:
@@ -89,7 +93,7 @@ class Profiler:
         candidates = self._best(groups)
         singles, scattered = self._scattered()
         blends = self._blends()
-        maps = self._maps[kind] if kind else None
+        maps = self._refit(kind) if kind else None
         held_out = self._measure(
             "held-out prompts",
             self._held_out,

@@ -102,6 +102,21 @@ def test_good_maps_save_a_layer_and_bad_maps_are_not_taken():
     assert without.policy.maps is None
 
 
+def test_the_best_kind_of_maps_is_fitted_once_more_before_it_is_measured():
+    world, again = World(), MapFile(Path("again") / "good", "1" * 64)
+    asked = []
+
+    def refit(kind: str) -> MapFile:
+        asked.append(kind)
+        return again
+
+    files = {name: MapFile(Path(name), "0" * 64) for name in ("bad", "good")}
+    made = Profiler(PAIR, ProfileOptions(), world, units("c", 4), units("h", 3), files, refit)
+    assert made.profile().policy.maps == again
+    assert asked == ["good"]
+    assert {task.maps for title, task in world.tasks if title == "held-out prompts"} == {again}
+
+
 def test_fast_needs_no_answers_to_choose_and_held_out_prompts_are_always_answered():
     world = World()
     profiler(world).profile()

@@ -73,11 +73,13 @@ class ModelIdentity:
         """The manifest of the model as it is now; `None` if it cannot be identified."""
         parts = _Parts.of(self._model)
         state = (_fingerprint(parts.base), _fingerprint(parts.active), parts.settings, parts.autocast)
-        if state not in self._known:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            self._known[state] = self._identify_or_warn()
-        return self._known[state]
+        known = self._known
+        if state in known:
+            return known[state]
+        manifest = self._identify_or_warn()
+        # Replaced, never emptied: another thread that looks at the old one still finds what it saw.
+        self._known = {**(known if len(known) < _REMEMBERED else {}), state: manifest}
+        return manifest
 
     def identify(self) -> SourceManifest:
         """The manifest of the model as it is now. Raises `UnknownIdentity`."""
@@ -119,9 +121,10 @@ class ModelIdentity:
 
     def _remembered(self, fingerprint: bytes, parts: _Parts) -> str:
         """The digest of the base weights, which are large and change less often than adapters do."""
-        if fingerprint not in self._digests:
-            self._digests = {fingerprint: _digest(parts.stored_base())}
-        return self._digests[fingerprint]
+        digests = self._digests
+        if fingerprint not in digests:
+            self._digests = digests = {fingerprint: _digest(parts.stored_base())}
+        return digests[fingerprint]
 
     def _tokenizer(self, vocab_size: int) -> str:
         return f"ids:{vocab_size}" if self._folder is None else tokenizer_digest(self._folder, vocab_size)

@@ -132,6 +132,13 @@ class PairJob:
             self._fit(prefixes, kept)
         return {str(kind): MapFile(path, _sha256(path)) for kind, path in kept.items()}
 
+    def refit(self, folder: Path, kind: str) -> MapFile:
+        """Maps of one kind, fitted on all calibration prefixes; kept in `folder`."""
+        path = folder / f"maps-{kind}-all.safetensors"
+        if not path.is_file():
+            self._fit([unit.prefix for unit in self.units[0]], {MapFeatures(kind): path})
+        return MapFile(path, _sha256(path))
+
     def _fit(self, prefixes: Sequence[tuple[int, ...]], kept: dict[MapFeatures, Path]) -> None:
         starts = {group.start for group in contiguous_groups(self.pair.layers, self.options.granularity)}
         sender, receiver = (Decoder(load_model(side, self.device)) for side in (self.sender, self.receiver))
@@ -139,7 +146,7 @@ class PairJob:
             sender,
             receiver,
             [torch.tensor(prefix) for prefix in prefixes],
-            self.map_features,
+            tuple(kept),
             e_layers=sorted(starts - {0}),
             pair=(self.pair.sender, self.pair.receiver),
         )
@@ -167,6 +174,7 @@ class PairJob:
             chosen_by,
             held_out,
             self.fit(journal.folder),
+            lambda kind: self.refit(journal.folder, kind),
         )
         profile = profiler.profile()
         if self.map_features and not fitted:
