@@ -44,7 +44,7 @@ class ProfileOptions:
         blend: CacheBlend can be measured: the models attend to no window.
 
     Raises:
-        UsageError: a value that is not allowed.
+        UsageError: a value that is not allowed, or a metric whose extra is missing.
     """
 
     metric: str = "exact-match"
@@ -55,7 +55,10 @@ class ProfileOptions:
     blend: bool = True
 
     def __post_init__(self) -> None:
-        get_metric(self.metric)
+        metric = get_metric(self.metric)
+        if metric is not None:
+            # Now, not after hours: some metrics want an optional part.
+            metric(["a"], ["a"])
         if self.granularity < 1 or self.prompts < 1:
             raise UsageError(
                 f"granularity {self.granularity}, {self.prompts} prompts: allowed are positive numbers"

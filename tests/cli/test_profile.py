@@ -15,8 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from droidspeak.errors import MissingExtra
+from droidspeak.integrations.cli.profile import profile_pair
+from droidspeak.integrations.transformers.profiling import PairJob
 from droidspeak.layerselect.artifact import read_artifact, read_policy
 from droidspeak.layerselect.mapping import Maps
+from droidspeak.layerselect.profiler import ProfileOptions
 
 LAB = Path(__file__).parents[2] / "lab"
 LAYERS = 4
@@ -200,6 +204,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(p
     result = run(pair, tmp_path / "missing" / "policy.json")
     assert (result.returncode, result.stdout) == (2, "")
     assert "cannot be written" in one_line(result)
+
+
+def test_a_report_without_its_extra_is_refused_before_anything_is_measured(pair, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    job = PairJob(**pair, options=ProfileOptions(metric="kl"))
+    with pytest.raises(MissingExtra, match="the report"):
+        profile_pair(job, tmp_path / "policy.json", report=tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

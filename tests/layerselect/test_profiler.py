@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droidspeak.errors import UsageError
+from droidspeak.errors import MissingExtra, UsageError
 from droidspeak.layerselect import CacheBlend, Group, MapFile, Method, Plan, ReuseOne, Score
 from droidspeak.layerselect.methods import parse_method
 from droidspeak.layerselect.profiler import (
@@ -210,3 +211,9 @@ def test_maps_are_fitted_on_other_prefixes_than_plans_are_chosen_by():
 def test_options_that_are_not_allowed(options):
     with pytest.raises(UsageError, match="allowed"):
         ProfileOptions(**options)
+
+
+def test_a_metric_whose_extra_is_missing_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    with pytest.raises(MissingExtra, match=r"droidspeak\[profile\]"):
+        ProfileOptions(metric="rouge-l")

@@ -196,6 +196,12 @@ def test_units_share_prefixes_and_keep_order():
     assert units[0] == Unit((1, 2, 0), (Question("0", (4,), (5,)), Question("2", (4,), (5,))))
 
 
+def test_a_question_without_tokens_is_refused():
+    encoder = PromptEncoder(LAB / "models" / "base", 401)
+    with pytest.raises(PromptError, match="prompt x: prefix and question must each make at least one token"):
+        encode_units([Prompt("x", "<s> Q:", " ", "Paris")], encoder, max_tokens=11)
+
+
 def test_a_prompt_longer_than_the_context_is_refused():
     encoder = PromptEncoder(LAB / "models" / "base", 401)
     with pytest.raises(PromptError, match=r"prompt x has 12 tokens; .* room for 11"):

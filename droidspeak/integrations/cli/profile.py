@@ -19,9 +19,10 @@ from droidspeak import __version__
 from droidspeak.errors import UsageError
 from droidspeak.integrations.cli.machine import machine
 from droidspeak.integrations.cli.output import Format, note, progress, show_json, show_table
+from droidspeak.integrations.cli.report import import_parts, write_report
 from droidspeak.integrations.cli.workers import workers
 from droidspeak.integrations.transformers.profiling import Observe, PairJob
-from droidspeak.layerselect import MapFile
+from droidspeak.layerselect import MapFile, Policy
 from droidspeak.layerselect.artifact import Side, write_profile_policy
 from droidspeak.layerselect.journal import Journal, Runner
 from droidspeak.layerselect.mapfeatures import MapFeatures
@@ -97,14 +98,14 @@ def profile_pair(
     _require_place(out)
     if report is not None:
         _require_place(report)
+        # Now, not after everything has been measured.
+        import_parts()
     with workers(job.spec, count, ray_address) as runner:
         journal = job.journal(out.with_name(f".{out.name}.partial"))
         found = _profile(job, journal, runner)
     found = replace(found, policy=_keep_maps(found, out), provenance=_provenance(job, count, ray_address))
     write_profile_policy(out, found, *map(_side, (job.sender, job.receiver), job.manifests))
     if report is not None:
-        from droidspeak.integrations.cli.report import write_report
-
         write_report(found, report)
     journal.remove()
     return found
@@ -135,7 +136,7 @@ def _require_place(path: Path) -> None:
         raise UsageError(f"{path} cannot be written: allowed is a file in a folder that is there")
 
 
-def _keep_maps(found: Profile, out: Path) -> Any:
+def _keep_maps(found: Profile, out: Path) -> Policy:
     """The policy with its maps beside `out`."""
     maps = found.policy.maps
     if maps is None:

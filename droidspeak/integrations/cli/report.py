@@ -56,7 +56,7 @@ def write_report(profile: Profile, path: Path, *, figures: Path | None = None) -
         MissingExtra: matplotlib or Jinja is not installed.
         UsageError: a place that cannot be written.
     """
-    jinja, drawer = _import_parts()
+    jinja, drawer = import_parts()
     recommended = _recommended(profile)
     drawings = drawer.drawings(profile, recommended)
     environment = jinja.Environment(
@@ -77,7 +77,8 @@ def write_report(profile: Profile, path: Path, *, figures: Path | None = None) -
         raise UsageError(f"report {error.filename or path}: {error.strerror}") from None
 
 
-def _import_parts() -> tuple[ModuleType, ModuleType]:
+def import_parts() -> tuple[ModuleType, ModuleType]:
+    """Jinja, and what draws the figures. Raises `MissingExtra`."""
     try:
         import jinja2
 

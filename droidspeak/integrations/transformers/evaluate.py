@@ -186,11 +186,13 @@ def encode_units(prompts: Sequence[Prompt], encoder: PromptEncoder, *, max_token
         max_tokens: context of the model, less what an answer may take.
 
     Raises:
-        PromptError: a prompt that is too long, or that the encoder refuses.
+        PromptError: a prompt that is too long or has no tokens, or that the encoder refuses.
     """
     by_prefix: dict[tuple[int, ...], list[Question]] = {}
     for prompt in prompts:
         prefix, suffix = encoder.encode(prompt)
+        if not prefix or not suffix:
+            raise PromptError(f"prompt {prompt.id}: prefix and question must each make at least one token")
         if len(prefix) + len(suffix) > max_tokens:
             raise PromptError(
                 f"prompt {prompt.id} has {len(prefix) + len(suffix)} tokens; the model's context leaves "
