@@ -115,3 +115,45 @@ def test_bad_files(tmp_path, content, says):
         load_settings(file)
     with pytest.raises(ConfigError, match="No such file"):
         load_settings(tmp_path / "none.yaml")
+
+
+def test_the_server_section(tmp_path):
+    file = tmp_path / "droidspeak.yaml"
+    file.write_text(
+        "server:\n  listen: 0.0.0.0:7000\n  http: '[::1]:7001'\n  in_flight: 2GiB\n"
+        "  tenants: {acme: {tiers: ['cpu://?capacity=1MiB']}}\n"
+    )
+    server = load_settings(file).server
+    assert str(server.listen) == "0.0.0.0:7000"
+    assert not server.listen.loopback
+    assert str(server.http) == "[::1]:7001"
+    assert server.http is not None
+    assert server.http.loopback
+    assert server.in_flight == 2 << 30
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"listen": "nowhere"}, "HOST:PORT"),
+        ({"listen": "localhost:70000"}, "65535"),
+        ({"port": 1}, "unknown configuration key 'server.port'; allowed: acknowledge"),
+        ({"tenants": {"a": {"tiers": ["cpu://"], "quota": 1}}}, "allowed: listen, tiers"),
+        ({"tenants": {"../a": {"tiers": ["cpu://"]}}}, "letters, digits"),
+        ({"tenants": {"a": {"tiers": []}}}, "server.tenants.a.tiers"),
+        ({"http": "0.0.0.0:1"}, "needs tokens"),
+        ({"tokens": [{"name": "x"}]}, "exactly one of"),
+        ({"tokens": [{"name": "x", "token": "short-secret"}]}, "16 characters"),
+        ({"tokens": [{"name": "x", "token": "a-secret-that-is-long", "tenant": "b"}]}, "unknown tenant 'b'"),
+        ({"tokens": [{"name": "x", "token": "a-secret-that-is-long", "scopes": ["root"]}]}, "'read'"),
+        ({"max_object": "2GiB"}, "2147483647"),
+        ({"in_flight": "1MiB"}, "at least max_object"),
+        ({"in_flight": "a lot"}, "not a size"),
+    ],
+)
+def test_a_wrong_server_section_is_told_in_one_line(section, told):
+    with pytest.raises(ConfigError) as error:
+        load_settings(overrides={"server": section})
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)

@@ -5,8 +5,8 @@ Bytes of the object:
     u64 length N | JSON header, padded with blanks to N | E slots | K0 V0 K1 V1 ... of the layers
 
 E comes first and layers are contiguous, so "E of layer s" and "layers a..b" are one range each.
-Tensors are token-major: `k`, `v` are `[tokens, kv_heads, head_dim]`, `e` is `[tokens, hidden]`.
-A coded slot is a safetensors `U8` vector; its codec, dtype and shape stand in the metadata.
+Tensors are token-major: `k`, `v` are `[tokens, kv_heads, head_dim]`, `e` is `[tokens, hidden]`. An `o`
+slot is an object of another system (`droidspeak.storage.objects`), of any shape. A coded slot is a safetensors `U8` vector; its codec, dtype and shape stand in the metadata.
 
 The header's `__metadata__` repeats the chunk key (a renamed or swapped object is caught), holds an
 xxh3-64 of each slot's stored bytes, and opens with a digest of the rest of the header.
@@ -47,16 +47,18 @@ _DTYPES = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class SlotKind(StrEnum):
-    """What a slot holds: keys (after RoPE), values, or the layer's input."""
+    """What a slot holds: keys (after RoPE), values, the layer's input, or another system's object."""
 
     K = "k"
     V = "v"
     E = "e"
+    OBJECT = "o"
 
     # Enum's own hash is a Python call, and every slot is looked up many times.
     __hash__ = str.__hash__
@@ -264,7 +266,7 @@ def _check_layout(records: Iterable[SlotRecord], tokens: int) -> None:
         raw_bytes = math.prod(record.shape) * record.dtype.itemsize
         if record.start != position or record.end < position or min(record.shape, default=0) < 0:
             raise ValueError(f"{record.slot.name} lies at {record.start}..{record.end}, not from {position}")
-        if record.shape[:1] != (tokens,):
+        if record.slot.kind is not SlotKind.OBJECT and record.shape[:1] != (tokens,):
             raise ValueError(f"{record.slot.name} is {record.shape}, the chunk has {tokens} tokens")
         if record.codec == "raw" and record.nbytes != raw_bytes:
             raise ValueError(f"{record.slot.name} has {record.nbytes} bytes, its shape needs {raw_bytes}")
@@ -313,8 +315,8 @@ class Chunk:
         unknown = {str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in _DTYPE_NAMES}
         if unknown:
             raise UsageError(f"chunk {key}: {', '.join(sorted(unknown))}; allowed: {', '.join(_DTYPES)}")
-        tokens = {tensor.shape[0] for tensor in tensors.values()}
-        if len(tokens) != 1:
+        tokens = {tensor.shape[0] for slot, tensor in tensors.items() if slot.kind is not SlotKind.OBJECT}
+        if len(tokens) > 1 or not tensors:
             raise UsageError(f"chunk {key}: tensors of {sorted(tokens)} tokens; one number is allowed")
         coder = get_codec(codec)
         records, payload, position = {}, {}, 0
@@ -325,7 +327,7 @@ class Chunk:
             shape = tuple(tensor.shape)
             records[slot] = SlotRecord(slot, tensor.dtype, shape, codec, position, end, checksum(stored))
             payload[slot], position = stored, end
-        return cls(ChunkHeader(key, tokens.pop(), records, labels or {}), payload)
+        return cls(ChunkHeader(key, tokens.pop() if tokens else 0, records, labels or {}), payload)
 
     @property
     def key(self) -> ChunkKey:

@@ -266,6 +266,19 @@ class TieredStore(Tier):
                 errors.append(error)
         return there, errors
 
+    def persisted(self, key: ChunkKey, timeout: float) -> bool:
+        """Whether a tier that outlives this process holds `key`; waits `timeout` s for its write.
+
+        A store of memory tiers only has no such tier: there it is whether `key` is held at all.
+        """
+        lasting = [level for level in self._levels if not level.tier.in_memory]
+        left = _countdown(timeout)
+        for level in lasting or self._levels:
+            with suppress(StorageError):
+                if level.settle(key, left()) and level.tier.head(key):
+                    return True
+        return False
+
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until all writes and promotions that came before are done; whether that came in time.
 

@@ -1,4 +1,4 @@
-"""Configuration: one schema behind the library, the command line and the engines.
+"""All settings, and what is opened from them.
 
 Later sources win: defaults, YAML file (`DROIDSPEAK_CONFIG` or an argument), `DROIDSPEAK_*` environment,
 what the caller passes (an engine's extra configuration, command line flags). With none of them it works:
@@ -8,9 +8,9 @@ CPU memory, and disk under the user's cache folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -22,16 +22,19 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from droidspeak.config.serving import ServerSettings
 from droidspeak.connector import ConnectorOptions
 from droidspeak.errors import ConfigError, UsageError
 from droidspeak.layerselect import PolicySet, Requirement
 from droidspeak.layerselect.drift import DriftOptions
 from droidspeak.storage import DEFAULT_CHUNK_SIZE, Limits, TieredStore, WriteBackOptions, cache_folder
+from droidspeak.storage.tier import Tier
 from droidspeak.storage.urls import open_tier_late, parse_size
 
-__all__ = ["Settings", "load_settings", "open_policies", "open_store"]
+__all__ = ["Settings", "load_settings", "open_policies", "open_store", "open_tiers"]
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
+_SECRET = ("salt", "token", "sha256")
 
 
 class LimitSettings(BaseModel):
@@ -76,6 +79,7 @@ class Settings(BaseSettings):
         write_queue: bytes that may wait in front of each slower tier.
         limits: per tier name.
         drift: how often requests are checked for drift.
+        server: of the daemon only (`droidspeak.config.ServerSettings`).
     """
 
     model_config = SettingsConfigDict(env_prefix="DROIDSPEAK_", frozen=True, extra="forbid")
@@ -96,6 +100,7 @@ class Settings(BaseSettings):
     write_queue: str | int = "1GiB"
     limits: dict[str, LimitSettings] = {}
     drift: DriftSettings = DriftSettings()
+    server: ServerSettings = ServerSettings()
 
     @field_validator("tiers", mode="before")
     @classmethod
@@ -173,10 +178,24 @@ def open_store(settings: Settings) -> TieredStore:
     Raises:
         ConfigError, MissingExtra: a tier that is described wrongly, or whose extra is missing.
     """
-    limits = {name: Limits(**limit.model_dump()) for name, limit in settings.limits.items()}
+    return _store(settings, [open_tier_late(tier) for tier in settings.tiers], settings.limits)
+
+
+def open_tiers(settings: Settings, tiers: Sequence[str | dict[str, Any]], name: str) -> TieredStore:
+    """A store over other `tiers` than the settings' own, all else as they say. Raises as `open_store`."""
+    opened = [open_tier_late(tier) for tier in tiers]
+    # The settings' limits may be for tiers that this store does not have.
+    known = {tier.name: settings.limits[tier.name] for tier in opened if tier.name in settings.limits}
+    return _store(settings, opened, known, name)
+
+
+def _store(
+    settings: Settings, tiers: Sequence[Tier], limits: Mapping[str, LimitSettings], name: str = "store"
+) -> TieredStore:
     return TieredStore(
-        [open_tier_late(tier) for tier in settings.tiers],
-        limits=limits,
+        tiers,
+        limits={name: Limits(**limit.model_dump()) for name, limit in limits.items()},
+        name=name,
         promote=settings.promote,
         write_back=WriteBackOptions(capacity=parse_size(settings.write_queue)),
     )
@@ -219,8 +238,28 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown configuration key {path!r}; allowed: {', '.join(sorted(Settings.model_fields))}"
-    return f"configuration key {path!r}: {first['msg']}, not {first['input']!r}"
+        allowed = ", ".join(sorted(_fields_at(first["loc"][:-1])))
+        return f"unknown configuration key {path!r}; allowed: {allowed}"
+    told = f"configuration key {path!r}: {first['msg'].removeprefix('Value error, ')}"
+    # A section as a whole may hold secrets, and is too long for one line.
+    scalar = isinstance(first["input"], str | int | float) and first["loc"][-1] not in _SECRET
+    return f"{told}, not {first['input']!r}" if scalar else told
+
+
+def _fields_at(place: Sequence[int | str]) -> Collection[str]:
+    """The keys that are allowed in the section at `place`."""
+    model: type[BaseModel] = Settings
+    for part in place:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or model
+    return model.model_fields
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model in a field's annotation, however it is wrapped."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section(part))), None)
