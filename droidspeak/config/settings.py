@@ -1,14 +1,16 @@
 """All settings, and what is opened from them.
 
-Later sources win: defaults, YAML file (`DROIDSPEAK_CONFIG` or an argument), `DROIDSPEAK_*` environment,
-what the caller passes (an engine's extra configuration, command line flags). With none of them it works:
-CPU memory, and disk under the user's cache folder.
+Later sources win: defaults, YAML file (`DROIDSPEAK_CONFIG` or an argument), `DROIDSPEAK_*` environment
+(`DROIDSPEAK_SERVER__LISTEN` for a key of a section), what the caller passes (an engine's extra
+configuration, command line flags). With none of them it works: CPU memory, and disk under the user's
+cache folder.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -82,7 +84,9 @@ class Settings(BaseSettings):
         server: of the daemon only (`droidspeak.config.ServerSettings`).
     """
 
-    model_config = SettingsConfigDict(env_prefix="DROIDSPEAK_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="DROIDSPEAK_", env_nested_delimiter="__", frozen=True, extra="forbid"
+    )
 
     tiers: Annotated[tuple[str | dict[str, Any], ...], NoDecode] = Field(
         default_factory=lambda: ("cpu://?capacity=1GiB", f"disk://{cache_folder() / 'store'}?capacity=20GiB"),
@@ -139,14 +143,17 @@ class Settings(BaseSettings):
         return DriftOptions(**self.drift.model_dump())
 
 
+_FILE: ContextVar[Path | None] = ContextVar("configuration file", default=None)
+
+
 class _FileSource(PydanticBaseSettingsSource):
-    """The YAML file that `DROIDSPEAK_CONFIG` names."""
+    """The YAML file that the caller or `DROIDSPEAK_CONFIG` names."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        path = os.environ.get("DROIDSPEAK_CONFIG")
+        path = _FILE.get() or os.environ.get("DROIDSPEAK_CONFIG")
         return _read_yaml(Path(path)) if path else {}
 
 
@@ -155,13 +162,13 @@ def load_settings(file: Path | str | None = None, overrides: Mapping[str, Any] |
 
     Args:
         file: YAML file; `DROIDSPEAK_CONFIG` if `None`.
-        overrides: win over everything else, unless their value is `None`.
+        overrides: win over everything else, unless their value is `None`. Sections are merged.
 
     Raises:
         ConfigError: naming the key, what is wrong, and what is allowed.
     """
-    values: dict[str, Any] = {} if file is None else _below_environment(_read_yaml(Path(file)))
-    values |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    values = {key: value for key, value in (overrides or {}).items() if value is not None}
+    chosen = _FILE.set(None if file is None else Path(file))
     try:
         settings = Settings(**values)
         _check(settings)
@@ -169,6 +176,8 @@ def load_settings(file: Path | str | None = None, overrides: Mapping[str, Any] |
         raise ConfigError(_one_line(error)) from None
     except SettingsError as error:
         raise ConfigError(f"environment: {error}") from None
+    finally:
+        _FILE.reset(chosen)
     return settings
 
 
@@ -208,11 +217,6 @@ def open_policies(settings: Settings) -> PolicySet:
         PolicyError: the folder cannot be read.
     """
     return PolicySet() if settings.policies is None else PolicySet.from_folder(settings.policies)
-
-
-def _below_environment(values: dict[str, Any]) -> dict[str, Any]:
-    """A file's values, less those that the environment sets too."""
-    return {key: value for key, value in values.items() if f"DROIDSPEAK_{key.upper()}" not in os.environ}
 
 
 def _check(settings: Settings) -> None:

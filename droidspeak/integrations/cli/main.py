@@ -13,7 +13,7 @@ import typer
 
 from droidspeak import __version__
 from droidspeak.errors import DroidSpeakError, IdentityError, UsageError
-from droidspeak.integrations.cli import demo, policy, profile
+from droidspeak.integrations.cli import demo, policy, profile, serve
 from droidspeak.integrations.cli.output import note
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(profile.profile)
+app.command()(serve.serve)
 app.add_typer(policy.app)
 
 

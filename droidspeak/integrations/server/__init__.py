@@ -1,0 +1,1 @@
+"""The daemon: LMCache's `lm://` protocol, and HTTP, on our tiers."""

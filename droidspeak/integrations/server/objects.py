@@ -1,0 +1,66 @@
+"""LMCache's objects as our chunks, and back."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from droidspeak.errors import ChunkCorrupt
+from droidspeak.integrations.server.wire import Description, Request, reply
+from droidspeak.storage import Chunk, ChunkKey
+from droidspeak.storage.codecs import as_bytes
+from droidspeak.storage.objects import NAME_LABEL, object_chunk, object_key, object_slot
+
+__all__ = ["answer_of", "chunk_of", "key_of"]
+
+_SUCCESS = 200
+_DESCRIPTION_LABEL = "lm"
+_WHOLE = object_slot()
+
+
+@lru_cache(maxsize=1 << 14)
+def key_of(tenant: str, name: bytes) -> ChunkKey:
+    """The chunk key of an LMCache key, compared by its exact bytes.
+
+    LMCache's `model@world_size@worker_id@hash@dtype...` gives the owner and the shard; a name of another
+    form is its own owner's.
+    """
+    model, *rest = name.split(b"@")
+    world, worker = rest[:2] if len(rest) >= 4 else (b"", b"")
+    sharded = all(part.isdigit() and len(part) <= 4 for part in (world, worker))
+    shard = f"{worker.decode()}of{world.decode()}" if sharded else "0of1"
+    return object_key(f"lm {tenant}", model.decode(errors="replace"), name, shard)
+
+
+def chunk_of(tenant: str, request: Request, stored: torch.Tensor, codec: str) -> Chunk:
+    """The chunk of a PUT. `stored` are its bytes, flat `uint8`; the `raw` codec keeps them, not a copy."""
+    dtype, shape = request.description.tensor
+    labels = {NAME_LABEL: request.key.decode(), _DESCRIPTION_LABEL: str(request.description)}
+    parts = {0: stored.view(dtype).view(shape)}
+    return object_chunk(key_of(tenant, request.key), parts, labels=labels, codec=codec)
+
+
+def answer_of(chunk: Chunk, name: bytes) -> tuple[bytes, memoryview]:
+    """The reply to a GET: its header, and the object's bytes.
+
+    Raises:
+        ChunkCorrupt: it is not what was PUT under `name`: the client would take it for something else.
+    """
+    labels = chunk.header.labels
+    try:
+        description = Description.parse(labels[_DESCRIPTION_LABEL])
+        same = labels[NAME_LABEL].encode() == name
+    except (KeyError, ValueError):
+        raise ChunkCorrupt(f"chunk {chunk.key} is no object of this protocol") from None
+    stored = _decoded(chunk)
+    if not same or description.fault(len(stored)):
+        raise ChunkCorrupt(f"chunk {chunk.key} is not the object of its name")
+    return reply(_SUCCESS, len(stored), description), stored
+
+
+def _decoded(chunk: Chunk) -> memoryview:
+    # Tensors of another codec are decoded; raw ones are the stored bytes as they lie there.
+    if chunk.header.records[_WHOLE].codec == "raw":
+        return chunk.payload[_WHOLE].numpy().data
+    return as_bytes(chunk.tensor(_WHOLE)).numpy().data

@@ -1,0 +1,170 @@
+"""One `lm://` connection: requests in order, until it ends.
+
+    wait -> header -> PUT:  body -> chunk -> store
+                   -> GET:  store -> reply and bytes
+                   -> EXIST, HEALTH: reply
+
+A request that cannot be trusted ends the connection. One that is sound but not acceptable is a miss, or
+its object is thrown away, and the connection stays in step: LMCache's client never connects twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from droidspeak.config import ServerSettings
+from droidspeak.errors import StorageError
+from droidspeak.integrations.server.budget import BytesBudget, OverBudget
+from droidspeak.integrations.server.channel import Channel, Closed
+from droidspeak.integrations.server.objects import answer_of, chunk_of, key_of
+from droidspeak.integrations.server.wire import HIT, MISS, REQUEST, BadFrame, Command, Request
+from droidspeak.storage import ChunkKey, Counters, TieredStore
+
+__all__ = ["Session"]
+
+_log = logging.getLogger(__name__)
+_SCRAP = 64 << 10
+
+
+class Session:
+    """Serves `channel` from one tenant's store.
+
+    Args:
+        codec: of what is stored.
+        counters: see `DaemonState`.
+        budget: of payloads under way, shared by all connections.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        tenant: str,
+        store: TieredStore,
+        *,
+        settings: ServerSettings,
+        codec: str,
+        counters: Counters,
+        budget: BytesBudget,
+    ) -> None:
+        self._channel = channel
+        self._tenant, self._store = tenant, store
+        self._settings, self._codec = settings, codec
+        self._counters, self._budget = counters, budget
+        self._header = memoryview(bytearray(REQUEST.size))
+
+    def run(self) -> None:
+        """Serves until the connection ends, whoever ends it."""
+        try:
+            self._channel.open(self._settings.header_timeout)
+            while self._channel.wait(self._settings.idle_timeout):
+                self._serve(self._next())
+            reason = "drained"
+        except (Closed, BadFrame) as end:
+            reason = end.reason
+        except TimeoutError:
+            reason = "stalled"
+        except OSError as error:
+            _log.debug("connection broke: %s", error)
+            reason = "broken"
+        self._counters.add("closed", reason)
+
+    def _next(self) -> Request:
+        allowed = self._settings.header_timeout
+        try:
+            filled = self._channel.fill(self._header, silence=allowed, deadline=time.monotonic() + allowed)
+        except TimeoutError:
+            raise Closed("header_timeout") from None
+        if filled < len(self._header):
+            raise Closed("cut_short" if filled else "by_client")
+        return Request.parse(self._header, self._settings.max_object)
+
+    def _serve(self, request: Request) -> None:
+        self._counters.add("requests", request.command.name.lower())
+        fault = request.fault
+        if fault:
+            self._counters.add("refused", fault)
+        if request.command is Command.PUT:
+            self._discard(request.length) if fault else self._put(request)
+        elif request.command is Command.GET and not fault:
+            self._get(request.key)
+        else:
+            self._say(HIT if not fault and self._is_there(request) else MISS)
+
+    # PUT
+
+    def _put(self, request: Request) -> None:
+        try:
+            with self._budget.take(request.length, self._settings.stall_timeout):
+                self._keep(request)
+        except OverBudget:
+            self._counters.add("refused", "over_budget")
+            self._discard(request.length)
+
+    def _keep(self, request: Request) -> None:
+        stored = torch.empty(request.length, dtype=torch.uint8)
+        self._receive(stored.numpy().data)
+        try:
+            self._store.write(chunk_of(self._tenant, request, stored, self._codec))
+        except StorageError as error:
+            self._failed("put", error)
+
+    def _receive(self, target: memoryview) -> None:
+        filled = self._channel.fill(target, silence=self._settings.stall_timeout)
+        self._counters.add("received_bytes", amount=filled)
+        if filled < len(target):
+            raise Closed("cut_short")
+
+    def _discard(self, length: int) -> None:
+        scrap = memoryview(bytearray(min(length, _SCRAP)))
+        while length:
+            part = scrap[:length]
+            self._receive(part)
+            length -= len(part)
+
+    # GET
+
+    def _get(self, name: bytes) -> None:
+        key = key_of(self._tenant, name)
+        try:
+            info = self._store.head(key)
+            if info is None:
+                self._say(MISS)
+                return
+            with self._budget.take(info.nbytes, self._settings.stall_timeout):
+                self._say(*self._found(key, name))
+        except OverBudget:
+            self._counters.add("refused", "over_budget")
+            self._say(MISS)
+        except StorageError as error:
+            self._failed("get", error)
+            self._say(MISS)
+
+    def _found(self, key: ChunkKey, name: bytes) -> Sequence[bytes | memoryview]:
+        chunk = self._store.read(key)
+        return (MISS,) if chunk is None else answer_of(chunk, name)
+
+    def _say(self, *parts: bytes | memoryview) -> None:
+        self._channel.send(parts, silence=self._settings.stall_timeout)
+        self._counters.add("sent_bytes", amount=sum(map(len, parts)))
+
+    # EXIST, HEALTH
+
+    def _is_there(self, request: Request) -> bool:
+        if request.command is Command.HEALTH:
+            return True
+        key = key_of(self._tenant, request.key)
+        try:
+            if self._settings.acknowledge == "durable":
+                return self._store.persisted(key, self._settings.stall_timeout)
+            return self._store.head(key) is not None
+        except StorageError as error:
+            self._failed("exist", error)
+            return False
+
+    def _failed(self, command: str, error: StorageError) -> None:
+        self._counters.add("failed", command)
+        _log.debug("%s: %s", command, error)
