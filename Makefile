@@ -15,7 +15,7 @@ help:
 	touch $@
 
 .venv/dev: .venv/base
-	$(PIP) --editable '.[s3,profile,ray,dev]'
+	$(PIP) --editable '.[s3,server,remote,lmcache,profile,ray,dev]'
 	touch $@
 
 ## make demo    share a KV cache between two fine-tuned models, and see what it saves

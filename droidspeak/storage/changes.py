@@ -36,13 +36,15 @@ class Changes:
             queue = self._turns.setdefault(key, [])
             queue.append(me := object())
         try:
-            with self._changed:
-                self._changed.wait_for(lambda: queue[0] is me)
+            if queue[0] is not me:
+                with self._changed:
+                    self._changed.wait_for(lambda: queue[0] is me)
             yield
         finally:
             with self._changed:
                 queue.remove(me)
-                if not queue:
-                    del self._turns[key]
                 self._stamps[hash(key) % _STAMPS] += 1
-                self._changed.notify_all()
+                if queue:
+                    self._changed.notify_all()
+                else:
+                    del self._turns[key]

@@ -31,6 +31,10 @@ class Entry:
     hits: int = 0
     pinned: bool = False
 
+    def used_again(self) -> Entry:
+        """The same with one more hit."""
+        return Entry(self.key, self.nbytes, self.queue, self.hits + 1, self.pinned)
+
 
 class Ledger(ABC):
     """Entries in named FIFO queues, and the keys that left not long ago."""
@@ -142,7 +146,7 @@ class LRU(EvictionPolicy):
 
     def touch(self, ledger: Ledger, key: ChunkKey) -> None:
         if entry := ledger.get(key):
-            ledger.put(replace(entry, hits=entry.hits + 1))
+            ledger.put(entry.used_again())
 
     def victim(self, ledger: Ledger) -> Entry | None:
         return ledger.oldest(MAIN)

@@ -114,6 +114,10 @@ class ChunkKey:
         if not _KEY.fullmatch(f"{self.source}/{self.shard}/{self.prefix}"):
             raise UsageError(f"not a chunk key: {self.source}/{self.shard}/{self.prefix}")
 
+    def __hash__(self) -> int:
+        # Keys are looked up many times per request; a text remembers its hash, a tuple of texts does not.
+        return hash(self.prefix)
+
     def __str__(self) -> str:
         return f"{self.source}/{self.shard}/{self.prefix}"
 

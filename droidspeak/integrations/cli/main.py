@@ -60,3 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         note("interrupted")
         sys.exit(130)
+
+
+def server() -> None:
+    """`lmcache_server` and `droidspeak-server`: `droidspeak serve` under the name that LMCache's has."""
+    main(["serve", *sys.argv[1:]])

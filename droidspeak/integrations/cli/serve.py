@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -70,6 +71,8 @@ def _run(settings: Settings) -> None:
         print(f"READY {places}", flush=True)
         sd_notify("READY=1")
         _warn_of_open_doors(settings)
+        # What has been loaded stays: collections need not walk it again and again.
+        gc.freeze()
         stop.wait()
         sd_notify("STOPPING=1")
         note("stopping: requests end, then what waits is written; again to stop at once")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
 
 __all__ = ["BytesBudget", "OverBudget"]
 
@@ -14,40 +13,45 @@ class OverBudget(Exception):
 
 
 class BytesBudget:
-    """At most `capacity` bytes are held at a time. Nobody starves: who waits longest is served first."""
+    """At most `capacity` bytes are held at a time. Nobody starves: who has waited longest is next."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._held = 0
         self._changed = threading.Condition()
-        self._queue: list[object] = []
+        self._queue: deque[object] = deque()
 
     @property
     def held(self) -> int:
         """Bytes that are held now."""
         return self._held
 
-    @contextmanager
-    def take(self, nbytes: int, timeout: float) -> Iterator[None]:
-        """Holds `nbytes` inside. Raises `OverBudget` after `timeout` s, or if they can never be had."""
-        self._acquire(nbytes, timeout)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= nbytes
+    def take(self, nbytes: int, timeout: float) -> None:
+        """Holds `nbytes` until they are given back.
+
+        Raises:
+            OverBudget: they were not free within `timeout` s, or never can be.
+        """
+        with self._changed:
+            if self._queue or self._held + nbytes > self._capacity:
+                self._wait(nbytes, timeout)
+            self._held += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Lets go of `nbytes`."""
+        with self._changed:
+            self._held -= nbytes
+            if self._queue:
                 self._changed.notify_all()
 
-    def _acquire(self, nbytes: int, timeout: float) -> None:
+    def _wait(self, nbytes: int, timeout: float) -> None:
         ticket = object()
-        with self._changed:
-            self._queue.append(ticket)
-            try:
-                if nbytes > self._capacity or not self._changed.wait_for(
-                    lambda: self._queue[0] is ticket and self._held + nbytes <= self._capacity, timeout
-                ):
-                    raise OverBudget(f"{nbytes} bytes of {self._capacity}, {self._held} held")
-                self._held += nbytes
-            finally:
-                self._queue.remove(ticket)
-                self._changed.notify_all()
+        self._queue.append(ticket)
+        try:
+            if nbytes > self._capacity or not self._changed.wait_for(
+                lambda: self._queue[0] is ticket and self._held + nbytes <= self._capacity, timeout
+            ):
+                raise OverBudget(f"{nbytes} of {self._capacity} bytes, {self._held} are held")
+        finally:
+            self._queue.remove(ticket)
+            self._changed.notify_all()

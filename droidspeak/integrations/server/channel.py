@@ -1,15 +1,19 @@
 """A client's socket: exact reads and writes with deadlines.
 
-LMCache's client leaves Nagle's algorithm on and sends a header and its body apart: the body waits for the
-acknowledgement of the header, which Linux delays by 40 ms. So every receive asks for quick
-acknowledgements again (the kernel forgets), and an answer leaves in one piece.
+LMCache's client leaves Nagle's algorithm on and sends a header and its body apart: the end of a body waits
+for the acknowledgement of what came before, which Linux delays by 40 ms. So a body's parts are acknowledged
+at once (the kernel forgets that it was asked to), its last segment is received on its own, and an answer
+leaves in one piece.
+
+Timeouts are the kernel's (`SO_RCVTIMEO`): Python's own cost two more system calls for each receive.
 """
 
 from __future__ import annotations
 
-import select
 import socket
 import ssl
+import struct
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +21,8 @@ from contextlib import suppress
 __all__ = ["Channel", "Closed"]
 
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
+_SEGMENT = 64 << 10  # of the loopback device, the largest there is
+_LARGEST_RECEIVE = 4 << 20
 
 
 class Closed(Exception):
@@ -32,21 +38,23 @@ class Channel:
 
     Args:
         connection: connected; it is closed by `close`.
-        drain: a descriptor that becomes readable when no further request shall be waited for.
+        tick: seconds after which a receive or a send looks at the clock; the shortest of the timeouts.
         tls: of a TLS connection, which begins with `open`.
     """
 
-    def __init__(self, connection: socket.socket, drain: int, tls: ssl.SSLContext | None = None) -> None:
-        self._socket, self._drain, self._tls = connection, drain, tls
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
-        self._poll.register(drain, select.POLLIN)
+    def __init__(self, connection: socket.socket, *, tick: float, tls: ssl.SSLContext | None = None) -> None:
+        self._socket, self._tick, self._tls = connection, tick, tls
+        self._gate = threading.Lock()
+        self._waiting = self._drained = False
 
     def open(self, timeout: float) -> None:
         """Sets the socket's options, and shakes hands within `timeout` s. Raises `Closed`, `OSError`."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls is None:
+            span = struct.pack("ll", int(self._tick), int(self._tick % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, span)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, span)
             return
         self._socket.settimeout(timeout)
         try:
@@ -55,19 +63,37 @@ class Channel:
             raise Closed("header_timeout") from None
         except (ssl.SSLError, OSError):
             raise Closed("bad_tls") from None
+        self._socket.settimeout(self._tick)
 
-    def wait(self, timeout: float | None) -> bool:
-        """Waits for the next request; `False` if the daemon drains and none is there.
+    def begin(self, target: memoryview, *, idle: float | None) -> int:
+        """Waits for the next request and receives what is there of it into `target`; bytes received.
 
         Raises:
-            Closed: none came within `timeout` s.
+            Closed: `idle` s went by, the client has ended the stream, or the daemon drains.
+            OSError: the connection broke.
         """
-        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
-            return True
-        ready = self._poll.poll(None if timeout is None else 1000 * timeout)
-        if not ready:
-            raise Closed("idle")
-        return any(descriptor != self._drain for descriptor, _ in ready)
+        with self._gate:
+            if self._drained:
+                raise Closed("drained")
+            self._waiting = True
+        waited = 0.0
+        while (count := self._receive(target)) < 0:
+            waited += self._tick
+            if idle is not None and waited >= idle:
+                raise Closed("idle")
+        self._waiting = False
+        if not count:
+            raise Closed("drained" if self._drained else "by_client")
+        return count
+
+    def drain(self) -> None:
+        """Lets the request that is served end, and waits for no other; from any thread."""
+        with self._gate:
+            self._drained = True
+            if self._waiting:
+                with suppress(OSError):  # it was over already
+                    # What has arrived can still be received.
+                    self._socket.shutdown(socket.SHUT_RD)
 
     def fill(self, target: memoryview, *, silence: float, deadline: float | None = None) -> int:
         """Receives until `target` is full; bytes received, fewer when the client ended the stream.
@@ -80,37 +106,61 @@ class Channel:
             TimeoutError: one of both is over.
             OSError: the connection broke.
         """
-        filled = 0
+        filled, waited = 0, 0.0
         while filled < len(target):
-            left = silence if deadline is None else min(silence, deadline - time.monotonic())
-            if left <= 0:
-                raise TimeoutError
-            self._socket.settimeout(left)
-            count = self._socket.recv_into(target[filled:] if filled else target)
+            count = self._receive(target[filled:] if filled else target)
             if not count:
                 break
-            filled += count
-            if _QUICK_ACK is not None:
-                self._socket.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)
+            # A receive that gave up counts as one of no bytes.
+            waited = waited + self._tick if count < 0 else 0.0
+            filled += max(count, 0)
+            late = deadline is not None and filled < len(target) and time.monotonic() > deadline
+            if waited >= silence or late:
+                raise TimeoutError
+            self.acknowledge()
         return filled
+
+    def acknowledge(self) -> None:
+        """Sends the acknowledgement of what has been received now."""
+        if _QUICK_ACK is not None:
+            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)
+
+    def _receive(self, target: memoryview) -> int:
+        """Bytes received, 0 at the end of the stream, -1 if none came within a tick."""
+        try:
+            if isinstance(self._socket, ssl.SSLSocket):
+                return self._socket.recv_into(target)
+            whole = min(len(target) - _SEGMENT, _LARGEST_RECEIVE)
+            return self._socket.recv_into(target, max(whole, 0), socket.MSG_WAITALL if whole > 0 else 0)
+        except (TimeoutError, BlockingIOError):
+            return -1
 
     def send(self, parts: Sequence[bytes | memoryview], *, silence: float) -> None:
         """Sends all of `parts`. Raises as `fill`."""
-        self._socket.settimeout(silence)
         if isinstance(self._socket, ssl.SSLSocket):
             for part in parts:
-                self._send_rest(memoryview(part))
+                self._send_rest(memoryview(part), silence)
             return
-        left = self._socket.sendmsg(parts)
+        try:
+            sent = self._socket.sendmsg(parts)
+        except BlockingIOError:
+            sent = 0
         for part in parts:
-            if left < len(part):
-                self._send_rest(memoryview(part)[left:])
-            left = max(0, left - len(part))
+            if sent < len(part):
+                self._send_rest(memoryview(part)[sent:], silence)
+            sent = max(0, sent - len(part))
 
-    def _send_rest(self, rest: memoryview) -> None:
-        # Not `sendall`: its timeout is for the whole, and a slow reader of much may take long.
+    def _send_rest(self, rest: memoryview, silence: float) -> None:
+        waited = 0.0
         while rest:
-            rest = rest[self._socket.send(rest) :]
+            try:
+                # Not `sendall`: its timeout is for the whole, and a slow reader of much may take long.
+                rest = rest[self._socket.send(rest) :]
+                waited = 0.0
+            except (TimeoutError, BlockingIOError):
+                waited += self._tick
+                if waited >= silence:
+                    raise TimeoutError from None
 
     def break_off(self) -> None:
         """Ends the connection in the middle of whatever is done with it; from any thread."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import ssl
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,13 +11,12 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from droidspeak.config import Address, Settings, TlsSettings, open_store, open_tiers
-from droidspeak.errors import ConfigError
-from droidspeak.integrations.server.budget import BytesBudget
+from droidspeak.config import Address, Settings, open_store, open_tiers
 from droidspeak.integrations.server.channel import Channel
 from droidspeak.integrations.server.listener import Crowd, Listener
 from droidspeak.integrations.server.session import Session
 from droidspeak.integrations.server.state import DEFAULT_TENANT, DaemonState
+from droidspeak.integrations.server.tls import server_context
 from droidspeak.storage import TieredStore
 
 __all__ = ["Daemon"]
@@ -40,8 +38,8 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self.addresses: dict[str, Address] = {}
         self._settings = settings
-        self._budget = BytesBudget(settings.server.in_flight)
         self.state = DaemonState(settings, {})
+        self._budget = self.state.budget
         self._crowd = Crowd(settings.server.max_connections, self.state.counters)
         self._listeners: list[Listener] = []
         self._undo = ExitStack()
@@ -65,9 +63,13 @@ class Daemon:
         self.state.in_flight = lambda: self._budget.held
         self._drain, self._draining = os.pipe()
         undo.callback(os.close, self._drain)
-        tls = _server_context(server.tls) if server.tls else None
+        channel = partial(
+            Channel,
+            tick=min(server.header_timeout, server.stall_timeout),
+            tls=server_context(server.tls) if server.tls else None,
+        )
         for name, tenant, address in self._places():
-            listener = Listener(address, partial(self._serve, tenant), self._crowd, self._drain, tls)
+            listener = Listener(address, partial(self._serve, tenant), self._crowd, self._drain, channel)
             self._listeners.append(listener)
             self.addresses[name] = listener.address
         # Closing the writing end makes the reading one readable, for all who wait.
@@ -107,6 +109,7 @@ class Daemon:
     def _close_listeners(self) -> None:
         for listener in self._listeners:
             listener.close()
+        self._crowd.drain()
         if not self._crowd.wait(self._settings.server.drain_timeout):
             _log.warning("%d connections broken off", self._crowd.size)
             self._crowd.break_off()
@@ -134,15 +137,3 @@ def _open_stores(settings: Settings, undo: ExitStack) -> Mapping[str, TieredStor
     for name, tenant in settings.server.tenants.items():
         stores[name] = undo.enter_context(open_tiers(settings, tenant.tiers, name))
     return stores
-
-
-def _server_context(tls: TlsSettings) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        if tls.client_ca:
-            context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"TLS: {tls.certificate}, {tls.key}: {error}") from None
-    return context

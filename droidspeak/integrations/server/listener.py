@@ -10,7 +10,6 @@ import logging
 import os
 import select
 import socket
-import ssl
 import threading
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from droidspeak.errors import ConfigError
 from droidspeak.integrations.server.channel import Channel
 from droidspeak.storage import Counters
 
-__all__ = ["Crowd", "Listener"]
+__all__ = ["Crowd", "Listener", "listening"]
 
 _log = logging.getLogger(__name__)
 _BACKLOG = 1024
@@ -65,6 +64,12 @@ class Crowd:
         with self._changed:
             return self._changed.wait_for(lambda: not self._open, timeout)
 
+    def drain(self) -> None:
+        """Lets every connection end the request it serves, and wait for no other."""
+        with self._changed:
+            for channel in self._open:
+                channel.drain()
+
     def break_off(self) -> None:
         """Ends what is still open, in the middle of whatever it does."""
         with self._changed:
@@ -80,7 +85,7 @@ class Listener:
         serve: serves a channel until it ends.
         crowd: of the daemon.
         drain: a descriptor that becomes readable when the daemon stops.
-        tls: for TLS connections.
+        open_channel: of an accepted connection.
 
     Raises:
         ConfigError: it cannot listen there.
@@ -92,10 +97,10 @@ class Listener:
         serve: Callable[[Channel], None],
         crowd: Crowd,
         drain: int,
-        tls: ssl.SSLContext | None,
+        open_channel: Callable[[socket.socket], Channel],
     ) -> None:
-        self._serve, self._crowd, self._drain, self._tls = serve, crowd, drain, tls
-        self._socket = _listening(address)
+        self._serve, self._crowd, self._drain, self._open_channel = serve, crowd, drain, open_channel
+        self._socket = listening(address)
         self.address = Address(host=address.host, port=self._socket.getsockname()[1])
         self._thread = threading.Thread(target=self._accept, name=f"droidspeak-accept-{self.address.port}")
         self._thread.daemon = True
@@ -125,10 +130,11 @@ class Listener:
                 _log.warning("cannot accept on %s: %s", self.address, error)
                 select.select([self._drain], [], [], 0.1)
                 continue
-            self._crowd.admit(Channel(connection, self._drain, self._tls), self._serve)
+            self._crowd.admit(self._open_channel(connection), self._serve)
 
 
-def _listening(address: Address) -> socket.socket:
+def listening(address: Address) -> socket.socket:
+    """A socket that listens on `address` and does not block. Raises `ConfigError`."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

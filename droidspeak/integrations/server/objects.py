@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from functools import lru_cache
 
 import torch
@@ -48,15 +49,21 @@ def answer_of(chunk: Chunk, name: bytes) -> tuple[bytes, memoryview]:
         ChunkCorrupt: it is not what was PUT under `name`: the client would take it for something else.
     """
     labels = chunk.header.labels
-    try:
-        description = Description.parse(labels[_DESCRIPTION_LABEL])
-        same = labels[NAME_LABEL].encode() == name
-    except (KeyError, ValueError):
-        raise ChunkCorrupt(f"chunk {chunk.key} is no object of this protocol") from None
     stored = _decoded(chunk)
-    if not same or description.fault(len(stored)):
+    header = _reply_of(labels.get(_DESCRIPTION_LABEL, ""), len(stored))
+    if header is None or labels.get(NAME_LABEL, "").encode() != name:
         raise ChunkCorrupt(f"chunk {chunk.key} is not the object of its name")
-    return reply(_SUCCESS, len(stored), description), stored
+    return header, stored
+
+
+@lru_cache(maxsize=1 << 10)
+def _reply_of(description: str, length: int) -> bytes | None:
+    """The header of an object of `length` bytes; `None` if it cannot be what is said of it."""
+    try:
+        described = Description.parse(description)
+        return None if described.fault(length) else reply(_SUCCESS, length, described)
+    except (ValueError, struct.error):
+        return None
 
 
 def _decoded(chunk: Chunk) -> memoryview:

@@ -60,9 +60,8 @@ class Session:
         """Serves until the connection ends, whoever ends it."""
         try:
             self._channel.open(self._settings.header_timeout)
-            while self._channel.wait(self._settings.idle_timeout):
+            while True:
                 self._serve(self._next())
-            reason = "drained"
         except (Closed, BadFrame) as end:
             reason = end.reason
         except TimeoutError:
@@ -73,14 +72,20 @@ class Session:
         self._counters.add("closed", reason)
 
     def _next(self) -> Request:
+        header = self._header
+        received = self._channel.begin(header, idle=self._settings.idle_timeout)
+        if received < len(header):
+            self._finish(header[received:])
+        return Request.parse(header, self._settings.max_object)
+
+    def _finish(self, rest: memoryview) -> None:
         allowed = self._settings.header_timeout
         try:
-            filled = self._channel.fill(self._header, silence=allowed, deadline=time.monotonic() + allowed)
+            filled = self._channel.fill(rest, silence=allowed, deadline=time.monotonic() + allowed)
         except TimeoutError:
             raise Closed("header_timeout") from None
-        if filled < len(self._header):
-            raise Closed("cut_short" if filled else "by_client")
-        return Request.parse(self._header, self._settings.max_object)
+        if filled < len(rest):
+            raise Closed("cut_short")
 
     def _serve(self, request: Request) -> None:
         self._counters.add("requests", request.command.name.lower())
@@ -97,14 +102,21 @@ class Session:
     # PUT
 
     def _put(self, request: Request) -> None:
+        length = request.length
         try:
-            with self._budget.take(request.length, self._settings.stall_timeout):
-                self._keep(request)
+            self._budget.take(length, self._settings.stall_timeout)
         except OverBudget:
             self._counters.add("refused", "over_budget")
-            self._discard(request.length)
+            self._discard(length)
+            return
+        try:
+            self._keep(request)
+        finally:
+            self._budget.give_back(length)
 
     def _keep(self, request: Request) -> None:
+        # A small body waits for the acknowledgement of its header.
+        self._channel.acknowledge()
         stored = torch.empty(request.length, dtype=torch.uint8)
         self._receive(stored.numpy().data)
         try:
@@ -129,23 +141,35 @@ class Session:
 
     def _get(self, name: bytes) -> None:
         key = key_of(self._tenant, name)
+        nbytes = self._reserve(key)
+        if nbytes is None:
+            self._say(MISS)
+            return
+        try:
+            self._say(*self._find(key, name))
+        finally:
+            self._budget.give_back(nbytes)
+
+    def _reserve(self, key: ChunkKey) -> int | None:
+        """Bytes of the budget that are held for `key` now, before it is read; `None` for a miss."""
         try:
             info = self._store.head(key)
-            if info is None:
-                self._say(MISS)
-                return
-            with self._budget.take(info.nbytes, self._settings.stall_timeout):
-                self._say(*self._found(key, name))
+            if info is not None:
+                self._budget.take(info.nbytes, self._settings.stall_timeout)
+                return info.nbytes
         except OverBudget:
             self._counters.add("refused", "over_budget")
-            self._say(MISS)
         except StorageError as error:
             self._failed("get", error)
-            self._say(MISS)
+        return None
 
-    def _found(self, key: ChunkKey, name: bytes) -> Sequence[bytes | memoryview]:
-        chunk = self._store.read(key)
-        return (MISS,) if chunk is None else answer_of(chunk, name)
+    def _find(self, key: ChunkKey, name: bytes) -> Sequence[bytes | memoryview]:
+        try:
+            chunk = self._store.read(key)
+            return (MISS,) if chunk is None else answer_of(chunk, name)
+        except StorageError as error:
+            self._failed("get", error)
+            return (MISS,)
 
     def _say(self, *parts: bytes | memoryview) -> None:
         self._channel.send(parts, silence=self._settings.stall_timeout)
