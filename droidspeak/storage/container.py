@@ -325,15 +325,33 @@ class Chunk:
         if len(tokens) > 1 or not tensors:
             raise UsageError(f"chunk {key}: tensors of {sorted(tokens)} tokens; one number is allowed")
         coder = get_codec(codec)
+        parts = {
+            slot: (coder.encode(tensors[slot].contiguous()), tensors[slot].dtype, tuple(tensors[slot].shape))
+            for slot in sorted(tensors, key=lambda slot: slot.order)
+        }
+        return cls.of_stored(key, parts, tokens=tokens.pop() if tokens else 0, codec=codec, labels=labels)
+
+    @classmethod
+    def of_stored(
+        cls,
+        key: ChunkKey,
+        parts: Mapping[Slot, tuple[torch.Tensor, torch.dtype, tuple[int, ...]]],
+        *,
+        tokens: int,
+        codec: str = "raw",
+        labels: Mapping[str, str] | None = None,
+    ) -> Chunk:
+        """A complete chunk of slots that are coded already.
+
+        Args:
+            parts: in the object's order, stored bytes (flat `uint8`, kept as they are), dtype and shape.
+        """
         records, payload, position = {}, {}, 0
-        for slot in sorted(tensors, key=lambda slot: slot.order):
-            tensor = tensors[slot].contiguous()
-            stored = coder.encode(tensor)
+        for slot, (stored, dtype, shape) in parts.items():
             end = position + stored.numel()
-            shape = tuple(tensor.shape)
-            records[slot] = SlotRecord(slot, tensor.dtype, shape, codec, position, end, checksum(stored))
+            records[slot] = SlotRecord(slot, dtype, shape, codec, position, end, checksum(stored))
             payload[slot], position = stored, end
-        return cls(ChunkHeader(key, tokens.pop() if tokens else 0, records, labels or {}), payload)
+        return cls(ChunkHeader(key, tokens, records, labels or {}), payload)
 
     @property
     def key(self) -> ChunkKey:

@@ -18,10 +18,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-__all__ = ["Channel", "Closed"]
+__all__ = ["SEGMENT", "Channel", "Closed"]
 
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
-_SEGMENT = 64 << 10  # of the loopback device, the largest there is
+SEGMENT = 64 << 10  # of the loopback device, the largest there is
 _LARGEST_RECEIVE = 4 << 20
 
 
@@ -130,7 +130,7 @@ class Channel:
         try:
             if isinstance(self._socket, ssl.SSLSocket):
                 return self._socket.recv_into(target)
-            whole = min(len(target) - _SEGMENT, _LARGEST_RECEIVE)
+            whole = min(len(target) - SEGMENT, _LARGEST_RECEIVE)
             return self._socket.recv_into(target, max(whole, 0), socket.MSG_WAITALL if whole > 0 else 0)
         except (TimeoutError, BlockingIOError):
             return -1

@@ -38,8 +38,10 @@ def chunk_of(tenant: str, request: Request, stored: torch.Tensor, codec: str) ->
     """The chunk of a PUT. `stored` are its bytes, flat `uint8`; the `raw` codec keeps them, not a copy."""
     dtype, shape = request.description.tensor
     labels = {NAME_LABEL: request.key.decode(), _DESCRIPTION_LABEL: str(request.description)}
-    parts = {0: stored.view(dtype).view(shape)}
-    return object_chunk(key_of(tenant, request.key), parts, labels=labels, codec=codec)
+    key = key_of(tenant, request.key)
+    if codec == "raw":
+        return Chunk.of_stored(key, {_WHOLE: (stored, dtype, shape)}, tokens=0, labels=labels)
+    return object_chunk(key, {0: stored.view(dtype).view(shape)}, labels=labels, codec=codec)
 
 
 def answer_of(chunk: Chunk, name: bytes) -> tuple[bytes, memoryview]:

@@ -19,7 +19,7 @@ import torch
 from droidspeak.config import ServerSettings
 from droidspeak.errors import StorageError
 from droidspeak.integrations.server.budget import BytesBudget, OverBudget
-from droidspeak.integrations.server.channel import Channel, Closed
+from droidspeak.integrations.server.channel import SEGMENT, Channel, Closed
 from droidspeak.integrations.server.objects import answer_of, chunk_of, key_of
 from droidspeak.integrations.server.wire import HIT, MISS, REQUEST, BadFrame, Command, Request
 from droidspeak.storage import ChunkKey, Counters, TieredStore
@@ -115,8 +115,9 @@ class Session:
             self._budget.give_back(length)
 
     def _keep(self, request: Request) -> None:
-        # A small body waits for the acknowledgement of its header.
-        self._channel.acknowledge()
+        if request.length <= SEGMENT:
+            # A body of one segment waits for the acknowledgement of its header.
+            self._channel.acknowledge()
         stored = torch.empty(request.length, dtype=torch.uint8)
         self._receive(stored.numpy().data)
         try:
