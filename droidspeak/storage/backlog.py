@@ -3,7 +3,7 @@
     add -> waiting -> under way -> done
 
 It is bounded in bytes: `add` waits for room (back-pressure) and gives up at its timeout. What has been
-added can be looked up until it is done. The thread lives while there is work, so that an idle backlog
+added can be looked up until it is done. The thread ends soon after the work does, so that an idle backlog
 costs nothing and one that is dropped leaves nothing behind.
 """
 
@@ -19,6 +19,7 @@ from droidspeak.storage.keys import ChunkKey
 
 __all__ = ["Backlog"]
 
+_LINGER_SECONDS = 0.5  # to start a thread for every item would cost more than many items do
 T = TypeVar("T")
 
 
@@ -151,7 +152,9 @@ class Backlog(Generic[T]):
         return task.serial if task else self._serial + 1
 
     def _start(self) -> None:
-        if self._waiting and not self._running:
+        if self._waiting and self._running:
+            self._changed.notify_all()
+        elif self._waiting:
             threading.Thread(target=self._serve, name=self._name, daemon=True).start()
             self._running = True
 
@@ -159,19 +162,29 @@ class Backlog(Generic[T]):
 
     def _serve(self) -> None:
         try:
-            while (task := self._take()) is not None:
-                try:
-                    self._work(task.item)
-                finally:
-                    self._finish(task)
+            # A frame of its own: while this thread waits, it must not keep what it did last alive.
+            while self._do_next():
+                pass
         finally:
             # A bug in `work` ends this thread with its traceback, but not the work that still waits.
             with self._changed:
                 self._running = False
                 self._start()
 
+    def _do_next(self) -> bool:
+        task = self._take()
+        if task is None:
+            return False
+        try:
+            self._work(task.item)
+        finally:
+            self._finish(task)
+        return True
+
     def _take(self) -> _Task[T] | None:
         with self._changed:
+            if not self._waiting and not self._closed:
+                self._changed.wait_for(lambda: self._waiting or self._closed, _LINGER_SECONDS)
             key = next(iter(self._waiting), None)
             self._current = None if key is None else self._waiting.pop(key)
             return self._current
