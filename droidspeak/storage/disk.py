@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import count
@@ -227,19 +227,26 @@ class DiskTier(Tier):
         if self._shortage(size, 0) <= 0:
             return
         self._settle()
+        victims, freed = self._choose_victims(lambda freed: self._shortage(size, freed) > 0)
+        if self._shortage(size, freed) > 0:
+            crowded = len(self._catalog.writes()) > 1
+            raise (_Crowded if crowded else TierFull)(self._why_full(size))
+        # Files leave last: when the room cannot be made, nobody has left for nothing.
+        self._unlink(victims)
+
+    def _choose_victims(self, short: Callable[[int], bool]) -> tuple[list[ChunkKey], int]:
+        """Takes rows out while `short` of the bytes freed so far; whose files must leave, and the bytes."""
         self._apply_touches()
         victims: list[ChunkKey] = []
         freed = 0
-        while self._shortage(size, freed) > 0:
-            victim = self._policy.victim(self._catalog)
-            if victim is None:
-                crowded = len(self._catalog.writes()) > 1
-                raise (_Crowded if crowded else TierFull)(self._why_full(size))
+        while short(freed) and (victim := self._policy.victim(self._catalog)):
             self._catalog.remove(victim.key)
             victims.append(victim.key)
             freed += victim.nbytes
-        # Files leave last: when the room cannot be made, nobody has left for nothing.
-        for key in victims:
+        return victims, freed
+
+    def _unlink(self, keys: list[ChunkKey]) -> None:
+        for key in keys:
             self.path(key).unlink(missing_ok=True)
 
     def _shortage(self, size: int, freed: int) -> int:
@@ -289,6 +296,15 @@ class DiskTier(Tier):
         with self._catalog.transaction(), named(self.path(key)):
             self.path(key).unlink(missing_ok=True)
             return self._catalog.remove(key)
+
+    def evict(self, nbytes: int) -> int:
+        if self.read_only:
+            return 0
+        self._writable()
+        with self._catalog.transaction(), named(self.root):
+            victims, freed = self._choose_victims(lambda freed: freed < nbytes)
+            self._unlink(victims)
+        return freed
 
     def pin(self, key: ChunkKey) -> bool:
         return self._set_pinned(key, True)

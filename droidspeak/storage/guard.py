@@ -130,6 +130,9 @@ class GuardedTier(Tier):
     def unpin(self, key: ChunkKey) -> bool:
         return self._change(key, lambda: self.tier.unpin(key))
 
+    def evict(self, nbytes: int) -> int:
+        return self._run(self._writing, lambda: self.tier.evict(nbytes), self._limits.write_deadline)
+
     def stamp(self, key: ChunkKey) -> int:
         """See `Changes.stamp`; of the changes made through this guard."""
         return self._changes.stamp(key)

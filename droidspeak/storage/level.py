@@ -48,8 +48,11 @@ class Level:
 
     def head(self, key: ChunkKey) -> ChunkInfo | None:
         """As of a tier."""
-        run = self.leading([key])
-        return run[0] if run else None
+        if self._backlog and (chunk := self._backlog.get(key)) is not None:
+            return ChunkInfo.of(chunk)
+        with self._counting():
+            info = self.tier.head(key)
+        return info.held_by(self.name) if info else None
 
     def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
         """As of a tier."""
@@ -148,6 +151,11 @@ class Level:
             self._backlog.cancel(key, timeout)
         with self._changing(key):
             self.tier.quarantine(key)
+
+    def evict(self, nbytes: int) -> int:
+        """As of a tier; what waits to be written stays."""
+        with self._counting():
+            return self.tier.evict(nbytes)
 
     @contextmanager
     def _changing(self, key: ChunkKey) -> Iterator[None]:

@@ -131,6 +131,10 @@ class MemoryTier(Tier):
     def unpin(self, key: ChunkKey) -> bool:
         return self._set_pinned(key, False)
 
+    def evict(self, nbytes: int) -> int:
+        with self._lock:
+            return self._free(nbytes)
+
     def close(self) -> None:
         """Lets go of everything."""
         with self._lock:
@@ -149,14 +153,18 @@ class MemoryTier(Tier):
     def _admit(self, chunk: Chunk, nbytes: int) -> None:
         pinned = chunk.key in self._pins
         self._remove(chunk.key)
-        while self._ledger.nbytes() + nbytes > self._capacity and (
-            victim := self._policy.victim(self._ledger)
-        ):
-            self._remove(victim.key)
+        self._free(self._ledger.nbytes() + nbytes - self._capacity)
         self._policy.admit(self._ledger, chunk.key, nbytes)
         self._chunks[chunk.key] = chunk
         if pinned:
             self._mark(chunk.key, True)
+
+    def _free(self, nbytes: int) -> int:
+        freed = 0
+        while freed < nbytes and (victim := self._policy.victim(self._ledger)):
+            self._remove(victim.key)
+            freed += victim.nbytes
+        return freed
 
     def _remove(self, key: ChunkKey) -> bool:
         self._ledger.remove(key)

@@ -13,13 +13,10 @@ boto3's usual chain: environment, shared files, instance role.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +30,7 @@ from droidspeak.errors import (
 )
 from droidspeak.storage.container import Chunk, ChunkHeader, Slot, SlotRecord, coalesce, place
 from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.ranges import SideBySide, VersionedHeaders
 from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
 
 if TYPE_CHECKING:
@@ -41,10 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["S3Tier"]
 
 _SUFFIX = ".safetensors"
-_CACHED_HEADERS = 1024
 _ABSENT = {"404", "NoSuchKey", "NotFound", "412", "PreconditionFailed"}
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 class _Gone(Exception):
@@ -99,8 +94,8 @@ class S3Tier(Tier):
         self._concurrency = concurrency
         self._attempts = attempts
         self._client = _connect(endpoint, region, timeout, attempts, concurrency)
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=f"droidspeak-{name}")
-        self._headers = _Headers(_CACHED_HEADERS)
+        self._requests = SideBySide(concurrency, name)
+        self._headers = VersionedHeaders()
 
     def head(self, key: ChunkKey) -> ChunkInfo | None:
         try:
@@ -115,7 +110,7 @@ class S3Tier(Tier):
         batch = 4
         while len(found) < len(keys):
             asked = keys[len(found) : len(found) + batch]
-            for info in self._all(self._sound, asked):
+            for info in self._requests.all(self._sound, asked):
                 if info is None:
                     return found
                 found.append(info)
@@ -174,7 +169,7 @@ class S3Tier(Tier):
         return TierUsage(len(sizes), sum(sizes))
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._requests.close()
         self._client.close()
 
     # Requests
@@ -208,7 +203,12 @@ class S3Tier(Tier):
         slots: Collection[Slot] | None,
         into: Mapping[Slot, torch.Tensor] | None,
     ) -> Chunk:
-        etag, header = self._headers.get(key) or self._find_header(key)
+        known = self._headers.get(key)
+        # A cached header that cannot answer may be one of an object that was replaced or deleted since.
+        stale = (
+            known is not None and slots is not None and not (slots and set(slots) <= known[1].records.keys())
+        )
+        etag, header = self._find_header(key) if known is None or stale else known
         records = header.select(slots)
         placed = place(records, into)
 
@@ -216,7 +216,7 @@ class S3Tier(Tier):
             start, end = header.data_start + group[0].start, header.data_start + group[-1].end
             self._get(key, etag, start, end, [placed[record.slot].numpy().data for record in group])
 
-        self._all(fetch, coalesce(records, self.best_read))
+        self._requests.all(fetch, coalesce(records, self.best_read))
         return Chunk(header, placed).verify()
 
     def _find_header(self, key: ChunkKey) -> tuple[str, ChunkHeader]:
@@ -281,18 +281,6 @@ class S3Tier(Tier):
         except UsageError:
             return None
 
-    def _all(self, call: Callable[[T], U], items: Iterable[T]) -> list[U]:
-        """`call` of each item, concurrently. On an error, too, no call is still under way afterwards."""
-        todo = list(items)
-        if len(todo) == 1:
-            return [call(todo[0])]
-        try:
-            futures = [self._pool.submit(call, item) for item in todo]
-        except RuntimeError as error:
-            raise TierUnavailable(f"tier {self.name}: {error}") from None
-        wait(futures)
-        return [future.result() for future in futures]
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Turns what boto3 raises into the error tree, in one line, and absence into `_Gone`."""
@@ -310,32 +298,6 @@ class S3Tier(Tier):
             raise TierUnavailable(f"{self._where}: {_one_line(error)}") from error
         except (BotoCoreError, HTTPError) as error:
             raise TierUnavailable(f"{self._where}: {_one_line(error)}") from error
-
-
-class _Headers:
-    """The headers read last, each with the version (ETag) it was read from."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held: OrderedDict[ChunkKey, tuple[str, ChunkHeader]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: ChunkKey) -> tuple[str, ChunkHeader] | None:
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-            return self._held.get(key)
-
-    def remember(self, key: ChunkKey, etag: str, header: ChunkHeader) -> None:
-        with self._lock:
-            self._held[key] = etag, header
-            self._held.move_to_end(key)
-            while len(self._held) > self._limit:
-                self._held.popitem(last=False)
-
-    def forget(self, key: ChunkKey) -> None:
-        with self._lock:
-            self._held.pop(key, None)
 
 
 def _connect(

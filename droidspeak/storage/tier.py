@@ -9,6 +9,7 @@ raises from `droidspeak.errors.StorageError`. Life of a chunk in a tier:
     pin(key) / unpin(key)        a pinned chunk is never evicted
     quarantine(key)              takes a corrupt object out of sight
     delete(key)
+    evict(nbytes)                makes room: unpinned chunks leave, in the order of the tier's policy
 
 Methods may be called from any thread. Every tier passes `droidspeak.storage.testing.TierConformance`.
 """
@@ -138,6 +139,19 @@ class Tier(ABC):
     def unpin(self, key: ChunkKey) -> bool:
         """Allows eviction of `key` again; whether it is there."""
         return self.head(key) is not None
+
+    def evict(self, nbytes: int) -> int:  # noqa: ARG002
+        """Evicts unpinned chunks, in the order of its policy, until at least `nbytes` are freed.
+
+        Tiers that never evict free nothing.
+
+        Returns:
+            Bytes freed; fewer than `nbytes` when no unpinned chunk is left.
+
+        Raises:
+            TierUnavailable, TierTimeout: the tier cannot be changed.
+        """
+        return 0
 
     def quarantine(self, key: ChunkKey) -> None:
         """Takes the corrupt object of `key` out of sight."""

@@ -27,6 +27,7 @@ from droidspeak.errors import (
     TierFull,
     TierTimeout,
     TierUnavailable,
+    UsageError,
 )
 from droidspeak.storage.changes import Changes
 from droidspeak.storage.container import Chunk, Slot
@@ -99,8 +100,17 @@ class TieredStore(Tier):
         return self._levels[-1].tier.best_read
 
     def head(self, key: ChunkKey) -> ChunkInfo | None:
-        run = self.leading([key])
-        return run[0] if run else None
+        """As `leading` of one key."""
+        failed = 0
+        for level in self._levels:
+            try:
+                if info := level.head(key):
+                    return info
+            except StorageError:
+                failed += 1
+        if failed == len(self._levels):
+            raise TierUnavailable(f"no tier of {self.name} answers")
+        return None
 
     def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
         """Each tier goes on where another has come to a gap. A tier that fails has nothing.
@@ -242,6 +252,26 @@ class TieredStore(Tier):
 
     def unpin(self, key: ChunkKey) -> bool:
         return self._anywhere(lambda level: level.tier.unpin(key))
+
+    def evict(self, nbytes: int) -> int:
+        """As of a tier, from every tier that answers; bytes freed in all of them. Raises if none does."""
+        freed, errors = 0, []
+        for level in self._levels:
+            try:
+                freed += level.evict(nbytes)
+            except StorageError as error:
+                errors.append(error)
+        if len(errors) == len(self._levels):
+            raise errors[0]
+        return freed
+
+    def evict_from(self, name: str, nbytes: int) -> int:
+        """As `evict`, from the tier called `name`. Raises `UsageError` for a tier that is not there."""
+        for level in self._levels:
+            if level.name == name:
+                return level.evict(nbytes)
+        names = ", ".join(level.name for level in self._levels)
+        raise UsageError(f"no tier {name!r} in {self.name}; allowed: {names}")
 
     def quarantine(self, key: ChunkKey) -> None:
         """As of a tier, in all tiers that answer. Raises if none does."""

@@ -5,11 +5,14 @@
     disk:///var/cache/droidspeak?capacity=200GiB&min_free=1GiB&eviction=s3-fifo
     disk://~/.cache/droidspeak
     s3://bucket/prefix?endpoint=http://127.0.0.1:9000&region=us-east-1
+    droidspeak://host:65433?token_file=/etc/droidspeak/token&tls=true
 
 The mapping form has the same options and `type` for the scheme; what a URL says before the `?` is
-`device` (gpu), `path` (disk), `bucket` and `prefix` (s3):
+`device` (gpu), `path` (disk), `bucket` and `prefix` (s3), `host` and `port` (droidspeak):
 
     {"type": "disk", "path": "/var/cache/droidspeak", "capacity": "200GiB"}
+
+Secrets stand in a mapping, a file or the environment, never in a URL.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ __all__ = ["open_tier", "open_tier_late", "parse_size"]
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+_SECRET = re.compile(r"(?<=//)[^/?#]*(?=@)|(?<=[?&]token=)[^&#]*")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)")
 
 
@@ -85,12 +89,14 @@ class _Scheme:
         place: reads a URL's authority and path into options.
         parsers: how the value of each option is read; other options are refused.
         required: options that have no default. An option that is `None` is not given.
+        secret: options that no URL may have.
     """
 
     build: Callable[..., Tier]
     place: Callable[[SplitResult], dict[str, str]]
     parsers: Mapping[str, Callable[[Any], Any]]
     required: frozenset[str] = field(default=frozenset())
+    secret: frozenset[str] = field(default=frozenset())
 
     def open(self, options: Mapping[str, Any], shown: str) -> Tier:
         options = {name: value for name, value in options.items() if value is not None}
@@ -123,7 +129,10 @@ def _from_url(url: str) -> dict[str, Any]:
         raise ConfigError(f"{_shown(url)}: allowed are a place and options, each once, and no credentials")
     if "type" in options:
         raise ConfigError(f"{_shown(url)}: the scheme is the type")
-    place = _SCHEMES[parts.scheme].place(parts) if parts.scheme in _SCHEMES else {}
+    scheme = _SCHEMES.get(parts.scheme)
+    if scheme and (told := sorted(scheme.secret & options.keys())):
+        raise ConfigError(f"{parts.scheme}://...: no URL may hold a {told[0]}; allowed is {told[0]}_file")
+    place = scheme.place(parts) if scheme else {}
     twice = sorted(place.keys() & options.keys())
     if twice:
         raise ConfigError(f"{_shown(url)}: {', '.join(twice)} stands before the ? already")
@@ -133,7 +142,7 @@ def _from_url(url: str) -> dict[str, Any]:
 def _shown(description: str | Mapping[str, Any]) -> str:
     """The description as errors show it: without what may be a secret."""
     if isinstance(description, str):
-        return repr(re.sub(r"//[^/?#]*@", "//...@", description))
+        return repr(_SECRET.sub("...", description))
     return f"tier {description.get('type')!r}"
 
 
@@ -143,6 +152,12 @@ def _shown(description: str | Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"not a text: {value!r}")
+    return value
+
+
+def _secret(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError("not a text")  # what it is instead may still be the secret
     return value
 
 
@@ -158,6 +173,13 @@ def _count(value: Any) -> int:
     if isinstance(value, bool) or not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"not a number above 0: {value!r}")
     return int(text)
+
+
+def _port(value: Any) -> int:
+    port = _count(value)
+    if port > 65535:
+        raise ConfigError(f"{port}; allowed are ports up to 65535")
+    return port
 
 
 def _index(value: Any) -> int:
@@ -188,11 +210,11 @@ def _eviction(value: Any) -> EvictionPolicy:
     return get_eviction(_text(value))
 
 
-def _folder(value: Any) -> Path:
+def _path(value: Any) -> Path:
     try:
         path = Path(value).expanduser()
     except (TypeError, RuntimeError) as error:  # RuntimeError: a home that cannot be found
-        raise ConfigError(f"not a folder: {value!r} ({error})") from None
+        raise ConfigError(f"not a path: {value!r} ({error})") from None
     if not path.is_absolute():
         raise ConfigError(f"relative path {str(value)!r}; allowed are /absolute/path and ~/path")
     return path
@@ -235,6 +257,18 @@ def _s3_place(parts: SplitResult) -> dict[str, str]:
     return {**place, "prefix": prefix} if prefix else place
 
 
+def _daemon_place(parts: SplitResult) -> dict[str, str]:
+    if parts.path.strip("/"):
+        raise ConfigError(
+            f"droidspeak:// names a daemon, as in droidspeak://host:65433, not {parts.path!r} too"
+        )
+    host, colon, port = parts.netloc.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = parts.netloc, ""
+    place = {"host": host.removeprefix("[").removesuffix("]")} if host else {}
+    return {**place, "port": port} if port else place
+
+
 # Tiers, imported where they are opened
 
 
@@ -262,6 +296,12 @@ def _open_s3(*, bucket: str, **options: Any) -> Tier:
     return S3Tier(bucket, **options)
 
 
+def _open_remote(*, host: str, **options: Any) -> Tier:
+    from droidspeak.storage.remote import RemoteTier
+
+    return RemoteTier(host, **options)
+
+
 _MEMORY = {"capacity": _positive_size, "eviction": _eviction, "name": _text}
 _SCHEMES = {
     "cpu": _Scheme(_open_cpu, _no_place, _MEMORY),
@@ -269,7 +309,7 @@ _SCHEMES = {
     "disk": _Scheme(
         _open_disk,
         _disk_place,
-        {"path": _folder, **_MEMORY, "min_free": parse_size, "read_only": _switch},
+        {"path": _path, **_MEMORY, "min_free": parse_size, "read_only": _switch},
         frozenset({"path"}),
     ),
     "s3": _Scheme(
@@ -286,5 +326,23 @@ _SCHEMES = {
             "name": _text,
         },
         frozenset({"bucket"}),
+    ),
+    "droidspeak": _Scheme(
+        _open_remote,
+        _daemon_place,
+        {
+            "host": _text,
+            "port": _port,
+            "tls": _switch,
+            "ca": _path,
+            "token": _secret,
+            "token_file": _path,
+            "tenant": _text,
+            "timeout": _seconds,
+            "concurrency": _count,
+            "name": _text,
+        },
+        frozenset({"host"}),
+        frozenset({"token"}),
     ),
 }

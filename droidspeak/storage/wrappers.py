@@ -101,6 +101,9 @@ class WrapperTier(Tier):
     def unpin(self, key: ChunkKey) -> bool:
         return self._around(Call("unpin", lambda: self.tier.unpin(key)))
 
+    def evict(self, nbytes: int) -> int:
+        return self._around(Call("evict", lambda: self.tier.evict(nbytes)))
+
     def quarantine(self, key: ChunkKey) -> None:
         self._around(Call("quarantine", lambda: self.tier.quarantine(key)))
 
@@ -139,6 +142,9 @@ class ReadOnlyTier(WrapperTier):
     def keys(self) -> Iterator[ChunkKey]:
         held = super().keys()
         return (key for key in held if key not in self._hidden)
+
+    def evict(self, nbytes: int) -> int:  # noqa: ARG002 - nothing leaves
+        return 0
 
     def quarantine(self, key: ChunkKey) -> None:
         self._hidden.add(key)
@@ -253,8 +259,9 @@ class FaultyTier(WrapperTier):
         return answer
 
 
-_OPERATIONS = {"head", "leading", "read", "write", "delete", "keys", "usage", "pin", "unpin", "quarantine"}
-_ANSWERLESS = {"write", "quarantine"}
+_OPERATIONS = {"head", "leading", "read", "write", "delete", "keys", "usage", "pin", "unpin"}
+_OPERATIONS |= {"evict", "quarantine"}
+_NEVER_A_MISS = {"write", "evict", "quarantine"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +313,7 @@ class MeteredTier(WrapperTier):
             self._add(call.operation, OperationStats(1, errors=1, seconds=time.perf_counter() - start))
             raise
         seconds = time.perf_counter() - start
-        missed = not result and call.operation not in _ANSWERLESS
+        missed = not result and call.operation not in _NEVER_A_MISS
         nbytes = result.nbytes if isinstance(result, Chunk) else call.sent
         self._add(call.operation, OperationStats(1, int(missed), 0, nbytes, seconds))
         return result

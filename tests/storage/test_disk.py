@@ -626,6 +626,44 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         DiskTier(tmp_path / "store")
 
 
+# Eviction on request
+
+
+def test_evicts_by_last_use_and_takes_the_files(tier):
+    for seed in range(4):
+        tier.write(make_chunk(seed))
+    tier.read(make_key(0))  # a use that has not reached the catalog
+    assert tier.evict(SIZE + 1) == 2 * SIZE
+    assert held(tier) == {0, 3}
+    assert set(files(tier.root)) == {tier.path(make_key(0)), tier.path(make_key(3))}
+
+
+def test_an_eviction_that_fails_loses_nothing_but_files(tier, monkeypatch):
+    for seed in range(3):
+        tier.write(make_chunk(seed))
+    second, unlink = tier.path(make_key(1)), Path.unlink
+
+    def no_second(path, **options):
+        if path == second:
+            raise OSError(errno.EROFS, "Read-only file system")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", no_second)
+    with pytest.raises(TierUnavailable, match="Read-only"):
+        tier.evict(2 * SIZE)
+    monkeypatch.undo()
+    assert tier.read(make_key(0)) is None
+    assert held(tier) == {1, 2}
+    for seed in (1, 2):
+        assert_holds(tier.read(make_key(seed)), make_chunk(seed))
+
+
+def test_a_closed_tier_evicts_nothing(tier):
+    tier.close()
+    with pytest.raises(TierUnavailable, match="closed"):
+        tier.evict(1)
+
+
 # Read-only
 
 
@@ -641,6 +679,7 @@ def test_read_only_reads_and_changes_nothing(root):
         assert tier.usage().chunks == 3
         assert tier.pin(make_key(0))
         assert not tier.pin(make_key(9))
+        assert tier.evict(1) == 0
         for change in (
             lambda: tier.write(make_chunk(5)),
             lambda: tier.delete(make_key(0)),

@@ -101,6 +101,14 @@ def tier() -> MemoryTier:
     return MemoryTier(MIB)
 
 
+def test_evicts_what_has_not_been_used_for_longest(tier: MemoryTier) -> None:
+    for seed in range(3):
+        tier.write(make_chunk(seed))
+    tier.read(make_key(0))
+    assert tier.evict(1) == tier.footprint(make_chunk(1))
+    assert set(tier.keys()) == {make_key(0), make_key(2)}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pageable memory is copied into pinned memory")
 def test_write_and_read_copy_nothing(tier: MemoryTier) -> None:
     chunk = make_chunk(1)

@@ -238,6 +238,16 @@ def test_a_cached_header_is_no_false_hit(client: Any, tier: S3Tier) -> None:
     assert tier.read(chunk.key, [E1]) is None
 
 
+def test_a_cached_header_hides_nothing_of_a_newer_object(client: Any, tier: S3Tier) -> None:
+    old, new = make_chunk(1, e_layers=()), make_chunk(2, key=make_key(1), e_layers=(1,))
+    tier.write(old)
+    assert_holds(tier.read(old.key), old)
+    put_behind(client, tier, old.key, new.to_bytes(), metadata=False)
+    assert_holds(tier.read(old.key, [Slot(SlotKind.E, 1)]), new, [Slot(SlotKind.E, 1)])
+    client.delete_object(Bucket=BUCKET, Key=tier._path(old.key))
+    assert tier.read(old.key, []) is None
+
+
 def test_metadata_may_be_lost(client: Any, tier: S3Tier) -> None:
     chunk = make_chunk(1)
     tier.write(chunk)

@@ -28,6 +28,7 @@ from droidspeak.errors import (
     TierFull,
     TierTimeout,
     TierUnavailable,
+    UsageError,
 )
 from droidspeak.storage.container import Chunk, Slot, SlotKind
 from droidspeak.storage.disk import DiskTier
@@ -824,6 +825,36 @@ def test_quarantine_takes_what_waits_too(opened: Callable[..., TieredStore]) -> 
     slow.gate.set()
     assert store.flush(10)
     assert list(slow.tier.keys()) == [make_key(0)]
+
+
+def test_evicts_from_every_tier_or_from_one(
+    opened: Callable[..., TieredStore], memory: MemoryTier, disk: DiskTier
+) -> None:
+    store = opened(memory, disk)
+    for seed in range(4):
+        store.write(make_chunk(seed))
+    assert store.flush(10)
+    cost = memory.footprint(make_chunk(0))
+    assert store.evict(1) == cost + SIZE
+    assert store.evict_from("cpu", cost) == cost
+    assert store.evict_from("disk", 1 << 60) == 3 * SIZE
+    assert (memory.usage().chunks, disk.usage().chunks) == (2, 0)
+    assert_holds(store.read(make_key(3)), make_chunk(3))
+    with pytest.raises(UsageError, match=r"no tier 'dsik' in store; allowed: cpu, disk"):
+        store.evict_from("dsik", 1)
+
+
+def test_evicts_from_the_tiers_that_answer(opened: Callable[..., TieredStore], memory: MemoryTier) -> None:
+    dead = {"evict": itertools.repeat(fail(TierUnavailable("no disk")))}
+    store = opened(memory, GatedTier(FaultyTier(MemoryTier(MIB), dead), name="dead"))
+    store.write(make_chunk(0))
+    assert store.evict(1) == memory.footprint(make_chunk(0))
+    assert store.counters.get("failures", "dead") == 1
+    with pytest.raises(TierUnavailable, match=r"no disk|skipped"):
+        store.evict_from("dead", 1)
+    alone = opened(GatedTier(FaultyTier(MemoryTier(MIB), dead), name="dead"))
+    with pytest.raises(TierUnavailable, match="no disk"):
+        alone.evict(1)
 
 
 def test_best_read_is_the_slowest_tiers(

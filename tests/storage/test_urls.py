@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droidspeak.errors import ConfigError
+from droidspeak.storage.daemonclient import DaemonClient
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.eviction import LRU, S3FIFO
 from droidspeak.storage.memory import MemoryTier
+from droidspeak.storage.remote import RemoteTier
 from droidspeak.storage.s3 import S3Tier
 from droidspeak.storage.testing import assert_holds, make_chunk
 from droidspeak.storage.urls import open_tier, parse_size
@@ -96,8 +99,52 @@ def test_s3_without_a_prefix(s3_endpoint: str) -> None:
         assert tier._folder == "chunks/"
 
 
+def client(description: Any) -> DaemonClient:
+    with open_tier(description) as tier:
+        assert isinstance(tier, RemoteTier)
+        return tier._client
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_daemon(as_mapping: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DROIDSPEAK_TOKEN", raising=False)
+    (tmp_path / "token").write_text("some-token\n")
+    options: dict[str, Any] = {"token_file": tmp_path / "token", "tls": True, "timeout": 2.5}
+    options |= {"tenant": "acme & sons", "concurrency": 3, "name": "far"}
+    description: Any = {"type": "droidspeak", "host": "cache.internal", "port": 1234, **options}
+    if as_mapping:
+        description |= {"token_file": None, "token": "some-token"}
+    else:
+        query = urlencode({**options, "tls": "true"})
+        description = f"droidspeak://cache.internal:1234?{query}"
+    with open_tier(description) as tier:
+        assert isinstance(tier, RemoteTier)
+        assert tier.name == "far"
+        asked = tier._client
+    assert asked.where == "daemon at https://cache.internal:1234"
+    assert asked._headers["Authorization"] == "Bearer some-token"
+    assert (asked._query, asked._timeout, asked._connections) == ("tenant=acme%20%26%20sons", 2.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("url", "where"),
+    [
+        ("droidspeak://host", "http://host:65433"),
+        ("droidspeak://host/", "http://host:65433"),
+        ("droidspeak://[::1]", "http://[::1]:65433"),
+        ("droidspeak://[::1]:80?tls=false", "http://[::1]:80"),
+        ("droidspeak://10.0.0.1:80?tls=true", "https://10.0.0.1:80"),
+    ],
+)
+def test_where_the_daemon_is(url: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DROIDSPEAK_TOKEN", raising=False)
+    asked = client(url)
+    assert asked.where == f"daemon at {where}"
+    assert "Authorization" not in asked._headers
+
+
 WRONG: list[tuple[Any, str]] = [
-    ("", "allowed: cpu://, gpu://, disk://, s3://"),
+    ("", "allowed: cpu://, gpu://, disk://, s3://, droidspeak://"),
     ("/var/cache", "allowed: cpu://"),
     ("redis://host", "unknown tier 'redis'"),
     ({"path": "/x"}, "unknown tier None"),
@@ -129,8 +176,8 @@ WRONG: list[tuple[Any, str]] = [
     ("disk:cache", "relative path"),
     ("disk:///x?path=/y", "stands before"),
     ({"type": "disk", "path": "cache"}, "relative path"),
-    ({"type": "disk", "path": 7}, "not a folder"),
-    ("disk://~nobody-has-this-name/x", "not a folder"),
+    ({"type": "disk", "path": 7}, "not a path"),
+    ("disk://~nobody-has-this-name/x", "not a path"),
     ("disk:///x?read_only=maybe", "allowed: true, false"),
     ({"type": "disk", "path": "/x", "read_only": 2}, "allowed: true, false"),
     ({"type": "disk", "path": "/x", "read_only": []}, "allowed: true, false"),
@@ -141,6 +188,20 @@ WRONG: list[tuple[Any, str]] = [
     ("s3://bucket?timeout=soon", "seconds above 0"),
     ("s3://bucket?attempts=0", "not a number above 0"),
     ({"type": "s3", "bucket": "b", "attempts": True}, "not a number above 0"),
+    ("droidspeak://", "host is missing"),
+    ("droidspeak://:1", "host is missing"),
+    ("droidspeak://host/path", "names a daemon"),
+    ("droidspeak://host:0", "not a number above 0"),
+    ("droidspeak://host:65536", "ports up to 65535"),
+    ("droidspeak://host:http", "not a number above 0"),
+    ("droidspeak://host?port=1&host=x", "host stands before"),
+    ("droidspeak://host?tls=yes", "allowed: true, false"),
+    ("droidspeak://host?ca=/x", "allowed with tls=true"),
+    ("droidspeak://host?token_file=x", "relative path"),
+    ("droidspeak://host?token_file=/nobody/made/this", "token_file /nobody/made/this: No such file"),
+    ("droidspeak://host?token=", "allowed is token_file"),
+    ({"type": "droidspeak", "host": "h", "token": 7}, "token: not a text"),
+    ({"type": "droidspeak", "host": "h", "token": "x", "token_file": "/x"}, "one is allowed"),
 ]
 
 
@@ -153,11 +214,26 @@ def test_one_line_says_what_is_wrong_and_what_is_allowed(description: Any, messa
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://KEY:hunter2@bucket/x", "s3://bucket?endpoint=http://KEY:hunter2@host", "s3://KEY:hunter2@["]
+    "description",
+    [
+        "s3://KEY:hunter2@bucket/x",
+        "s3://bucket?endpoint=http://KEY:hunter2@host",
+        "s3://KEY:hunter2@[",
+        "droidspeak://KEY:hunter2@host",
+        "droidspeak://host?token=hunter2",
+        "droidspeak://host?%74oken=hunter2",
+        "droidspeak://host?tls=true&token=hunter2&token=hunter2",
+        "droidspeak://host?token=hunter2#x",
+        "redis://host?token=hunter2",
+        {"type": "droidspeak", "host": "h", "token": ["hunter2"]},
+        {"type": "droidspeak", "host": "h", "token": "hunter2 hunter2"},
+        {"type": "droidspeak", "token": "hunter2"},
+    ],
+    ids=str,
 )
-def test_credentials_are_refused_and_not_repeated(url: str) -> None:
+def test_secrets_are_refused_and_not_repeated(description: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        open_tier(url)
+        open_tier(description)
     assert "hunter2" not in str(caught.value)
 
 

@@ -119,6 +119,13 @@ def test_read_only_changes_nothing(inner: MemoryTier) -> None:
     assert inner.usage().chunks == 3
 
 
+def test_read_only_evicts_nothing(inner: MemoryTier) -> None:
+    assert ReadOnlyTier(inner).evict(1) == 0
+    assert inner.usage().chunks == 3
+    assert MeteredTier(inner).evict(1) == make_chunk(0).header.nbytes
+    assert inner.usage().chunks == 2
+
+
 def test_read_only_hides_what_is_corrupt(inner: MemoryTier) -> None:
     tier = ReadOnlyTier(inner)
     tier.quarantine(make_key(1))
@@ -220,7 +227,7 @@ def test_damage_is_seen_by_who_checks_and_does_not_stay(inner: MemoryTier, fault
 
 
 def test_a_plan_names_methods(inner: MemoryTier) -> None:
-    with pytest.raises(UsageError, match=r"\['load'\]; allowed: delete, head"):
+    with pytest.raises(UsageError, match=r"\['load'\]; allowed: delete, evict, head"):
         FaultyTier(inner, {"load": [None]})
 
 

@@ -321,6 +321,35 @@ class TierConformance:
         for chunk in chunks:
             assert_holds(small_tier.read(chunk.key), chunk)
 
+    def test_evicting_frees_what_was_asked_and_never_the_pinned(self, small_tier: Tier) -> None:
+        chunks = [make_chunk(seed) for seed in range(3)]
+        for chunk in chunks:
+            small_tier.write(chunk)
+        assert small_tier.pin(chunks[0].key)
+        asked = self.cost(chunks[0])
+        for ask, left in ((0, 3), (asked, 2), (1, 1), (asked, 1), (1 << 60, 1)):
+            before = small_tier.usage().nbytes
+            freed = small_tier.evict(ask)
+            usage = small_tier.usage()
+            assert freed == before - usage.nbytes
+            assert usage.chunks == len(list(small_tier.keys())) == left
+            assert freed >= ask or left == 1
+        assert_holds(small_tier.read(chunks[0].key), chunks[0])
+        assert [small_tier.read(chunk.key) for chunk in chunks[1:]] == [None, None]
+        assert small_tier.unpin(chunks[0].key)
+        assert small_tier.evict(1) == asked
+        assert small_tier.usage().chunks == small_tier.usage().nbytes == small_tier.evict(1) == 0
+
+    def test_evicting_frees_as_much_as_it_says(self, tier: Tier) -> None:
+        chunks = {make_key(seed): make_chunk(seed) for seed in range(3)}
+        for chunk in chunks.values():
+            tier.write(chunk)
+        before = tier.usage().nbytes
+        assert tier.evict(0) == 0
+        assert tier.evict(1) == before - tier.usage().nbytes
+        for key in list(tier.keys()):
+            assert_holds(tier.read(key), chunks[key])
+
     # Life
 
     def test_closes_twice(self, tier: Tier) -> None:

@@ -134,6 +134,14 @@ class TierStateMachine(RuleBasedStateMachine):
         assert found == (self._expected(key, found) is not None)
         self._pinned = self._pinned | {key} if pinned and found else self._pinned - {key}
 
+    @precondition(lambda self: self.capacity is not None)
+    @rule(nbytes=st.integers(0, 5000))
+    def evict(self, nbytes: int) -> None:
+        before = self._tier.usage().nbytes
+        freed = self._tier.evict(nbytes)
+        assert freed == before - self._tier.usage().nbytes
+        assert freed >= nbytes or set(self._tier.keys()) <= self._pinned
+
     @precondition(lambda self: self.persistent)
     @rule()
     def reopen(self) -> None:
