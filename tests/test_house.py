@@ -176,7 +176,7 @@ def test_error_tree():
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("droidspeak.storage", ["transformers", "boto3", "lmcache", "vllm"]),
+        ("droidspeak.storage", ["transformers", "boto3", "fastapi", "lmcache", "urllib3", "vllm"]),
         ("droidspeak.layerselect", ["torch", "transformers"]),
         ("droidspeak.connector", ["transformers", "boto3"]),
         ("droidspeak.integrations.transformers", ["lmcache", "vllm"]),

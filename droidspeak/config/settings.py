@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -63,6 +63,19 @@ class DriftSettings(BaseModel):
     margin: float = DriftOptions.margin
 
 
+class VllmSettings(BaseModel):
+    """`DroidSpeakConnector` inside vLLM.
+
+    Attributes:
+        load: `sync`: within the step that admits a request, layer by layer. `async`: between steps; the
+            request waits, and others are held up for one piece of work at most.
+    """
+
+    model_config = _FROZEN
+
+    load: Literal["sync", "async"] = "sync"
+
+
 class Settings(BaseSettings):
     """Everything that can be configured.
 
@@ -82,6 +95,7 @@ class Settings(BaseSettings):
         limits: per tier name.
         drift: how often requests are checked for drift.
         server: of the daemon only (`droidspeak.config.ServerSettings`).
+        vllm: of engines of vLLM only.
     """
 
     model_config = SettingsConfigDict(
@@ -105,6 +119,7 @@ class Settings(BaseSettings):
     limits: dict[str, LimitSettings] = {}
     drift: DriftSettings = DriftSettings()
     server: ServerSettings = ServerSettings()
+    vllm: VllmSettings = VllmSettings()
 
     @field_validator("tiers", mode="before")
     @classmethod
