@@ -11,7 +11,7 @@ Only exact caches are saved; what a plan mixed stays with its request.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -182,28 +182,39 @@ class Connector:
             bandwidths=self.bandwidths,
         )
 
-    def save(self, token_ids: TokenIds, source: SourceManifest | None, *, salt: str = "") -> SaveSession:
+    def save(
+        self,
+        token_ids: TokenIds,
+        source: SourceManifest | None,
+        *,
+        salt: str = "",
+        e_layers: Collection[int] | None = None,
+    ) -> SaveSession:
         """A session that keeps a prefill of `token_ids` by `source` itself.
 
         Chunks that are stored already with every E layer that policies need are left out. A model that
         could not be identified (`None`) saves nothing.
 
+        Args:
+            e_layers: layers whose E the engine can give; of all if `None`.
+
         Raises:
             UsageError: token ids that are no token ids.
         """
         keys: list[ChunkKey | None] = []
-        e_layers: frozenset[int] = frozenset()
+        wanted: frozenset[int] = frozenset()
         if source is not None:
             hashes = PrefixHasher(self.options.chunk_size, salt).hashes(token_ids)
-            e_layers = self.policies.transition_layers(source.source_id)
+            wanted = self.policies.transition_layers(source.source_id)
+            wanted = wanted if e_layers is None else wanted & set(e_layers)
             held, _ = self._leading(source.source_id, hashes)
-            done = {info.key for info in held if e_layers <= set(info.e_layers)}
+            done = {info.key for info in held if wanted <= set(info.e_layers)}
             keys = [None if key in done else key for key in self._keys(source.source_id, hashes)]
         return SaveSession(
             keys,
             chunk_size=self.options.chunk_size,
             layout=None if source is None else RowLayout.of(source.architecture, self._shards),
-            e_layers=e_layers,
+            e_layers=wanted,
             publish=self._publisher.publish,
             counters=self.counters,
         )

@@ -1,0 +1,197 @@
+"""The scheduler's half: looks up, promises, orders loads and saves, and answers for each request.
+
+    get_num_new_matched_tokens   lookup; asked at every step until the request is admitted
+    update_state_after_alloc     the promise is kept: blocks are known, a load is ordered
+    build_connector_meta         orders of this step, with the chunks that it completes
+    update_connector_output      how loads ended; a request whose load failed gets no other promise
+    request_finished             status and reason, for the response and the counters
+
+Exact stays exact: before blocks that another model's KV goes into are allocated, the request's block
+hashes are salted by the plan. vLLM then files them, and all that is computed after them, under names that
+only this request has; a later request for the same prompt never meets them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from droidspeak.connector import Connector, Match, Outcome
+from droidspeak.integrations.vllm_connector.identity import Identities
+from droidspeak.integrations.vllm_connector.messages import LoadOrder, Reports, SaveOrder, StepOrders
+from droidspeak.integrations.vllm_connector.requests import PARAMETERS, RequestOptions, RequestState
+from droidspeak.layerselect import Requirement
+
+__all__ = ["SchedulerHalf"]
+
+_LOOKUP_SECONDS = 1.0  # a promise that was not kept by then is looked up again
+
+
+class SchedulerHalf:
+    """Serves vLLM's scheduler.
+
+    Args:
+        saves, loads: which of both this engine does.
+        background: load between steps; requests wait, and the others go on.
+    """
+
+    def __init__(
+        self,
+        connector: Connector,
+        identities: Identities,
+        *,
+        block_size: int,
+        requirement: Requirement,
+        salt: str,
+        saves: bool,
+        loads: bool,
+        background: bool,
+    ) -> None:
+        self._connector, self._identities = connector, identities
+        self._block_size, self._requirement, self._salt = block_size, requirement, salt
+        self._saves, self._loads, self._background = saves, loads, background
+        self._requests: dict[str, RequestState] = {}
+        self._orders: list[LoadOrder] = []
+        self.cache_manager: Any = None
+
+    def matched(self, request: Any, computed: int) -> tuple[int, bool]:
+        """Tokens beyond `computed` that can be loaded, and whether between steps."""
+        state = self._state(request)
+        if not (self._loads and state.options.load) or state.failure or not _plain(request):
+            return 0, False
+        match = self._look_up(state)
+        found = match.tokens - computed
+        if found <= 0:
+            return 0, False
+        if match.shared and not state.approximate:
+            self._set_apart(request, state, match)
+        return found, self._background
+
+    def _state(self, request: Any) -> RequestState:
+        if request.request_id not in self._requests:
+            self._requests[request.request_id] = RequestState(
+                RequestOptions.of(request.kv_transfer_params),
+                self._identities.manifest(request.lora_request),
+                # Tenants of the engine are tenants of the store.
+                "\0".join(filter(None, (self._salt, request.cache_salt))),
+                tuple(request.prompt_token_ids or ()),
+            )
+        return self._requests[request.request_id]
+
+    def _look_up(self, state: RequestState) -> Match:
+        now = time.monotonic()
+        if state.match is None or now - state.looked_up > _LOOKUP_SECONDS:
+            waiting = sum(not other.ordered for other in self._requests.values()) - 1
+            state.match = self._connector.lookup(
+                state.tokens,
+                state.source,
+                salt=state.salt,
+                requirement=state.options.requirement(self._requirement),
+                share=state.options.share,
+                queue_depth=max(0, waiting),
+            )
+            state.looked_up = now
+        return state.match
+
+    @staticmethod
+    def _set_apart(request: Any, state: RequestState, match: Match) -> None:
+        request.cache_salt = (
+            f"droidspeak {request.cache_salt or ''} {match.source} {match.plan} {request.request_id}"
+        )
+        request.block_hashes.clear()
+        request.update_block_hashes()
+        state.approximate = True
+
+    def allocated(self, request: Any, block_ids: list[int], promised: int) -> None:
+        """The blocks of a request; `promised` tokens of them are to be loaded."""
+        state = self._requests.get(request.request_id)
+        if state is None or promised == 0 or state.match is None:
+            return
+        match = state.match
+        state.ordered = True
+        self._orders.append(
+            LoadOrder(
+                request.request_id,
+                match,
+                match.tokens - promised,
+                tuple(block_ids[: -(-match.tokens // self._block_size)]),
+                state.tokens[: match.tokens],
+                self._background,
+            )
+        )
+
+    def orders(self, step: Any) -> StepOrders:
+        """What the workers do in `step`."""
+        loads, self._orders = self._orders, []
+        saves = list(self._saves_of(step)) if self._saves else []
+        return StepOrders(loads, saves, idle=not step.total_num_scheduled_tokens)
+
+    def _saves_of(self, step: Any) -> Iterable[SaveOrder]:
+        for new in step.scheduled_new_reqs:
+            if (state := self._requests.get(new.req_id)) is not None:
+                state.block_ids = list(new.block_ids[0])
+                yield from self._save(new.req_id, state, new.num_computed_tokens, step)
+        cached = step.scheduled_cached_reqs
+        for place, request_id in enumerate(cached.req_ids):
+            if (state := self._requests.get(request_id)) is not None:
+                added = cached.new_block_ids[place]
+                if request_id in cached.resumed_req_ids:
+                    state.block_ids = []
+                state.block_ids += added[0] if added else []
+                yield from self._save(request_id, state, cached.num_computed_tokens[place], step)
+
+    def _save(self, request_id: str, state: RequestState, computed: int, step: Any) -> Iterable[SaveOrder]:
+        size = self._connector.options.chunk_size
+        whole = min(computed + step.num_scheduled_tokens[request_id], len(state.tokens)) // size
+        if not self._may_save(state) or whole <= state.saved or state.source is None:
+            return
+        blocks = -(-whole * size // self._block_size)
+        chunks, state.saved = range(state.saved, whole), whole
+        yield SaveOrder(
+            request_id,
+            state.source,
+            state.salt,
+            state.tokens,
+            chunks,
+            tuple(state.block_ids[:blocks]),
+        )
+
+    @staticmethod
+    def _may_save(state: RequestState) -> bool:
+        return state.options.save and not state.approximate
+
+    def ended(self, reports: Reports | None, broken_blocks: set[int]) -> None:
+        """How loads ended, and blocks whose content is wrong."""
+        if broken_blocks and self.cache_manager is not None:
+            # vLLM leaves them in its prefix cache until the request has computed them anew, which an aborted
+            # one never does.
+            self.cache_manager.evict_blocks(broken_blocks)
+        for request_id, report in (reports.loads if reports else {}).items():
+            if (state := self._requests.get(request_id)) is not None:
+                state.report, state.failure = report, report.failure
+                state.match = None if report.failure else state.match
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """Counts the request, and says what became of it."""
+        state = self._requests.pop(request.request_id, None)
+        if state is None:
+            return None
+        self._orders = [order for order in self._orders if order.request_id != request.request_id]
+        return {PARAMETERS: _told(self._connector.record(state.outcome))}
+
+
+def _plain(request: Any) -> bool:
+    """Whether the prompt's token ids say all of it: not so with images or given embeddings."""
+    return bool(request.prompt_token_ids) and not request.mm_features and request.prompt_embeds is None
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "status": outcome.status.value,
+        "reason": outcome.reason.value,
+        "exact_tokens": outcome.exact_tokens,
+        "shared_tokens": outcome.shared_tokens,
+        "plan": None if outcome.plan is None else str(outcome.plan),
+        "source": outcome.source,
+    }

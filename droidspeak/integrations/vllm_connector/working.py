@@ -1,0 +1,217 @@
+"""A worker's half: loads into the paged cache, recomputes, and copies what is to be kept.
+
+Within a step (`sync`): E and exact rows are awaited before the forward, groups are recomputed, and each
+other layer is awaited just before the forward comes to it. Between steps (`async`): one piece of work per
+step, so that other requests' decoding is held up for one piece at most.
+
+A load that fails leaves blocks that may hold anything. They are reported in the same step, vLLM computes them
+anew, and what this step made of them is thrown away.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from droidspeak.connector import Connector, Reason
+from droidspeak.errors import Incompatible, LoadFailed
+from droidspeak.integrations.vllm_connector.attach import model_of
+from droidspeak.integrations.vllm_connector.loading import Loading
+from droidspeak.integrations.vllm_connector.messages import LoadOrder, LoadReport, Reports, StepOrders
+from droidspeak.integrations.vllm_connector.paging import PagedLayer
+from droidspeak.integrations.vllm_connector.recompute import PartialPrefill
+from droidspeak.integrations.vllm_connector.saving import EPages, Saver
+
+__all__ = ["WorkerHalf"]
+
+_log = logging.getLogger(__name__)
+_IDLE_SECONDS = 0.005
+
+
+class WorkerHalf:
+    """Serves one vLLM worker.
+
+    Args:
+        agree: of this rank's "it goes well" and that of all others, whether it goes well everywhere; ranks
+            recompute together or not at all.
+    """
+
+    def __init__(self, vllm_config: Any, connector: Connector, agree: Callable[[bool], bool]) -> None:
+        self._config, self._connector, self._agree = vllm_config, connector, agree
+        self._block_size = vllm_config.cache_config.block_size
+        self._layers: dict[int, PagedLayer] = {}
+        self._prefill: PartialPrefill | None = None
+        self._saver: Saver | None = None
+        self._now: list[Loading] = []
+        self._background: list[Loading] = []
+        self._reports = Reports()
+        self._broken: set[int] = set()
+        self._received: set[str] = set()
+        self._nested = False
+
+    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """Takes the paged caches, by vLLM's names of layers."""
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        modules = self._config.compilation_config.static_forward_context
+        names = {extract_layer_index(name): name for name in caches if not name.startswith(_E_LAYER)}
+        attention = {layer: (name, modules[name]) for layer, name in sorted(names.items())}
+        order = self._measure(attention, caches)
+        self._layers = {
+            layer: PagedLayer(module, caches[name], order) for layer, (name, module) in attention.items()
+        }
+        if order is not None:
+            pages = _e_pages(self._config, caches)
+            self._saver = Saver(self._connector, self._layers, pages, block_size=self._block_size)
+        if (model := model_of(self._config)) is not None:
+            budget = self._config.scheduler_config.max_num_batched_tokens
+            self._prefill = PartialPrefill(self._config, model, attention, budget=budget)
+
+    def _measure(
+        self, attention: Mapping[int, tuple[str, Any]], caches: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        name, module = next(iter(attention.values()))
+        try:
+            return PagedLayer.measure(module, caches[name], self._block_size)
+        except Incompatible as error:
+            _log.warning("%s", error)
+            return None
+
+    # Before and within the forward
+
+    def start(self, orders: StepOrders) -> None:
+        """Begins loads; recomputes for those of this step; goes on with those between steps."""
+        for order in orders.loads:
+            loading = self._begin(order)
+            if order.background:
+                self._background.append(loading)
+            else:
+                self._now.append(loading)
+                with self._failing(loading):
+                    self._together(loading, lambda loading=loading: self._recompute(loading))  # type: ignore[misc]
+        self._advance(idle=orders.idle)
+
+    def _begin(self, order: LoadOrder) -> Loading:
+        device = next(iter(self._layers.values())).device
+        stream = self._connector.load(order.match)
+        return Loading(order, stream, self._layers, block_size=self._block_size, device=device)
+
+    def _recompute(self, loading: Loading) -> None:
+        if loading.recomputes:
+            self._nested = True
+            try:
+                loading.recompute(self._ready_prefill())
+            finally:
+                self._nested = False
+
+    def _ready_prefill(self) -> PartialPrefill:
+        if self._prefill is None:
+            raise LoadFailed(Reason.STORE_UNAVAILABLE, "the model is not known: is the vLLM plug-in loaded?")
+        return self._prefill
+
+    def _together(self, loading: Loading, work: Callable[[], None]) -> None:
+        """Makes `work` if what it needs has come on all ranks."""
+        failure: LoadFailed | None = None
+        try:
+            loading.await_recompute()
+        except LoadFailed as error:
+            failure = error
+        if self._agree(failure is None):
+            work()
+        else:
+            raise failure or LoadFailed(Reason.STORE_UNAVAILABLE, "another rank could not load its part")
+
+    def wait(self, layer_name: str) -> None:
+        """Delivers a layer of all loads of this step, just before the forward comes to it."""
+        if self._nested or not self._now:
+            return
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        layer = extract_layer_index(layer_name)
+        for loading in list(self._now):
+            with self._failing(loading):
+                loading.deliver(layer)
+
+    def _advance(self, *, idle: bool) -> None:
+        if not self._background:
+            return
+        loading = self._background[0]
+        more = True
+        with self._failing(loading):
+            self._nested = True
+            try:
+                more = loading.advance(self._prefill)
+            finally:
+                self._nested = False
+        if not more:
+            self._end(loading)
+        elif idle and loading in self._background:
+            time.sleep(_IDLE_SECONDS)
+
+    # After the forward
+
+    def save(self, orders: StepOrders) -> None:
+        """Copies what `orders` keep, and ends the loads of this step."""
+        for loading in list(self._now):
+            self._end(loading)
+        for order in orders.saves if self._saver else ():
+            self._saver.keep(order)  # type: ignore[union-attr]
+
+    def finished(self) -> set[str]:
+        """Requests whose load between steps has ended since the last call, well or not."""
+        received, self._received = self._received, set()
+        return received
+
+    def broken_blocks(self) -> set[int]:
+        """Blocks of loads that have failed since the last call."""
+        broken, self._broken = self._broken, set()
+        return broken
+
+    def reports(self) -> Reports | None:
+        """How loads ended since the last call."""
+        reports, self._reports = self._reports, Reports()
+        return reports if reports.loads else None
+
+    def close(self) -> None:
+        """Ends all loads, and waits for what is being saved."""
+        for loading in (*self._now, *self._background):
+            loading.stream.close()
+        if self._saver is not None:
+            self._saver.close()
+
+    @contextmanager
+    def _failing(self, loading: Loading) -> Iterator[None]:
+        try:
+            yield
+        except LoadFailed as error:
+            _log.warning("request %s is prefilled: %s", loading.order.request_id, error)
+            self._broken |= loading.failed_blocks
+            self._end(loading, Reason(error.reason))
+
+    def _end(self, loading: Loading, failure: Reason | None = None) -> None:
+        loading.stream.close()
+        if loading in self._now:
+            self._now.remove(loading)
+        if loading in self._background:
+            self._background.remove(loading)
+            self._received.add(loading.order.request_id)
+        report = LoadReport(loading.stream.bytes_loaded, loading.stream.wait_seconds, failure)
+        self._reports.loads[loading.order.request_id] = report
+
+
+_E_LAYER = "cache_only_layers"
+
+
+def _e_pages(vllm_config: Any, caches: Mapping[str, torch.Tensor]) -> EPages | None:
+    """The pages that `extract_hidden_states` fills, and the layers whose input they hold."""
+    pages = next((cache for name, cache in caches.items() if name.startswith(_E_LAYER)), None)
+    speculative = vllm_config.speculative_config
+    if pages is None or speculative is None:
+        return None
+    layers = speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids
+    return EPages(pages, tuple(layers))
