@@ -145,7 +145,8 @@ class ServerSettings(BaseModel):
         tokens: needed for all but health once there are any, and on a non-loopback address.
         tls: for both ports.
         tenants: by name; the default tenant is the configuration's own `tiers`.
-        max_connections: open `lm://` connections, over all tenants; the next one is closed at once.
+        max_connections: open `lm://` connections, over all tenants; the next one is closed at once. As many
+            again on the HTTP side.
         header_timeout: seconds from a request's first byte to the end of its header.
         stall_timeout: seconds without a byte inside a payload, or of waiting for the budget.
         idle_timeout: seconds between requests; none by default, since LMCache's client never

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import signal
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +18,8 @@ from droidspeak.integrations.server.daemon import Daemon
 from droidspeak.integrations.server.notify import sd_notify
 
 __all__ = ["serve"]
+
+_STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(
@@ -65,7 +64,8 @@ def _start_logging(level: str) -> None:
 
 
 def _run(settings: Settings) -> None:
-    stop = _stop_signals()
+    # Before there are threads, which inherit it: a signal waits until it is waited for, and none is lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     with Daemon(settings) as daemon:
         places = " ".join(f"{name}={address}" for name, address in daemon.addresses.items())
         print(f"READY {places}", flush=True)
@@ -73,23 +73,16 @@ def _run(settings: Settings) -> None:
         _warn_of_open_doors(settings)
         # What has been loaded stays: collections need not walk it again and again.
         gc.freeze()
-        stop.wait()
+        signal.sigwait(_STOP)
+        _let_signals_end_the_process()
         sd_notify("STOPPING=1")
         note("stopping: requests end, then what waits is written; again to stop at once")
 
 
-def _stop_signals() -> threading.Event:
-    """Set by SIGTERM or Ctrl-C; the second one ends the process."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    return stop
+def _let_signals_end_the_process() -> None:
+    for number in _STOP:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
 
 
 def _warn_of_open_doors(settings: Settings) -> None:

@@ -10,11 +10,14 @@ Timeouts are the kernel's (`SO_RCVTIMEO`): Python's own cost two more system cal
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import ssl
 import struct
+import termios
 import threading
 import time
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -73,7 +76,7 @@ class Channel:
             OSError: the connection broke.
         """
         with self._gate:
-            if self._drained:
+            if self._drained and not self._arrived():
                 raise Closed("drained")
             self._waiting = True
         waited = 0.0
@@ -87,13 +90,21 @@ class Channel:
         return count
 
     def drain(self) -> None:
-        """Lets the request that is served end, and waits for no other; from any thread."""
+        """Lets the requests end that have arrived, and waits for no other; from any thread."""
         with self._gate:
             self._drained = True
-            if self._waiting:
+            if self._waiting and not self._arrived():
                 with suppress(OSError):  # it was over already
-                    # What has arrived can still be received.
                     self._socket.shutdown(socket.SHUT_RD)
+
+    def _arrived(self) -> bool:
+        """Whether bytes are there that nobody has received: PUTs, say, that have no other acknowledgement."""
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return True
+        arrived = array("i", [0])
+        with suppress(OSError):  # it was over already
+            fcntl.ioctl(self._socket, termios.FIONREAD, arrived)
+        return bool(arrived[0])
 
     def fill(self, target: memoryview, *, silence: float, deadline: float | None = None) -> int:
         """Receives until `target` is full; bytes received, fewer when the client ended the stream.

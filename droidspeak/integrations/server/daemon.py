@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class Daemon:
         undo.callback(os.close, self._drain)
         channel = partial(
             Channel,
-            tick=min(server.header_timeout, server.stall_timeout),
+            tick=min(server.header_timeout, server.stall_timeout, server.idle_timeout or math.inf),
             tls=server_context(server.tls) if server.tls else None,
         )
         for name, tenant, address in self._places():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from droidspeak.config import Settings
+from droidspeak.integrations.server.budget import BytesBudget
 from droidspeak.storage import Counters, TieredStore
 
 __all__ = ["DEFAULT_TENANT", "DaemonState"]
@@ -25,6 +26,7 @@ class DaemonState:
         ready: set while requests are served; cleared when the daemon drains.
         connections: open `lm://` connections now.
         in_flight: bytes of payloads that are being received or sent now.
+        budget: of those bytes, for both sides together.
     """
 
     settings: Settings
@@ -33,3 +35,7 @@ class DaemonState:
     ready: threading.Event = field(default_factory=threading.Event)
     connections: Callable[[], int] = lambda: 0
     in_flight: Callable[[], int] = lambda: 0
+    budget: BytesBudget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.budget = BytesBudget(self.settings.server.in_flight)
