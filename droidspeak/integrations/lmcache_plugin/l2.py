@@ -76,6 +76,7 @@ class DroidSpeakL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         super().__init__(max_capacity_bytes=_capacity(self._store))
         self.counters = Counters()
         self._transfer = Transfer(self._store, config)
+        self._patience = config.persist_timeout
         self._locks = Locks(self._store)
         self._residents = Residents()
         self._reconciled = time.monotonic()
@@ -115,8 +116,9 @@ class DroidSpeakL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                 written[key] = self._transfer.write(key, obj)
             except (StorageError, ValueError) as error:
                 self._count("store_failed", reason_of(error), key, error)
+        end = time.monotonic() + self._patience
         for key, size in written.items():
-            if not self._transfer.settled(chunk_key(key)):
+            if not self._transfer.settled(chunk_key(key), max(0.0, end - time.monotonic())):
                 self._count("store_failed", Reason.NOT_DURABLE, key)
                 continue
             self.counters.add("stored" if size else "present")

@@ -98,7 +98,6 @@ class Transfer:
         self._codec = config.codec
         self._direct = config.direct
         self._durable = config.acknowledge == "durable"
-        self._patience = config.persist_timeout
         alone = len(store.tiers) == 1 and not store.tiers[0].in_memory
         self._copies = not (alone and self._durable)
 
@@ -119,13 +118,12 @@ class Transfer:
         self._store.write(chunk_of(key, layout, layout.views(memory), self._codec))
         return layout.nbytes
 
-    def settled(self, key: ChunkKey) -> bool:
-        """Waits until `key` is as safe as a store task promises; whether it is."""
-        if not self._durable:
+    def settled(self, key: ChunkKey, timeout: float) -> bool:
+        """Waits `timeout` s until `key` is as safe as a store task promises; whether it is."""
+        if not self._durable or self._store.persisted(key, timeout):
             return True
-        if self._store.persisted(key, self._patience):
-            return True
-        # It must not stay behind in a queue, over memory that is LMCache's again.
+        # It must not stay behind in a queue, over memory that is LMCache's again. A write that even
+        # overstays this makes a file that differs from its checksum.
         with suppress(StorageError):
             self._store.delete(key)
         return False
