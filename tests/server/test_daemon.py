@@ -11,6 +11,7 @@ import threading
 from importlib.metadata import distribution
 from typing import Any
 
+import boto3
 import pytest
 
 from droidspeak.config import load_settings
@@ -204,3 +205,25 @@ def test_the_process_says_where_it_listens_and_ends_at_sigterm(tmp_path):
 def test_both_names_of_the_server_are_one_command():
     scripts = {entry.name: entry.value for entry in distribution("droidspeak").entry_points}
     assert scripts["lmcache_server"] == scripts["droidspeak-server"]
+
+
+def test_what_memory_cannot_hold_is_spilled_to_disk_and_s3(tmp_path, s3_endpoint):
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="spill")
+    tiers = (
+        "cpu://?capacity=1MiB",
+        f"disk://{tmp_path}/store?capacity=2MiB&min_free=0",
+        f"s3://spill/cache?endpoint={s3_endpoint}&region=us-east-1",
+    )
+    objects = {b"m@1@0@%x@half" % number: bytes([number]) * (MIB // 2) for number in range(8)}
+    with daemon(tiers) as running, WireClient(running.ports["lm"]) as client:
+        for key, body in objects.items():
+            client.put(key, body)
+            assert client.exist(key)
+        running.state.stores[""].flush()
+        assert {key: client.get(key) for key in objects} == objects
+        usage = running.state.stores[""].by_tier()
+        assert usage["cpu"].nbytes <= MIB
+        assert usage["disk"].nbytes <= 2 * MIB
+        assert usage["s3"].chunks == len(objects)
+    with daemon(tiers) as restarted, WireClient(restarted.ports["lm"]) as client:
+        assert {key: client.get(key) for key in objects} == objects

@@ -146,7 +146,7 @@ class Session:
         answer: Sequence[bytes | memoryview] = (MISS,)
         try:
             if not self._usual:
-                self._usual = self._size(key)
+                self._usual = self._claim(self._size(key))
             answer = self._find(key, name)
         except OverBudget:
             self._counters.add("refused", "over_budget")
@@ -172,11 +172,15 @@ class Session:
             chunk = self._store.read(key)
             if chunk is None:
                 return (MISS,)
-            self._usual = max(chunk.nbytes, 1)
-            if chunk.nbytes <= self._held:
+            self._usual = max(self._claim(chunk.nbytes), 1)
+            if self._usual <= self._held:
                 return answer_of(chunk, name)
             del chunk
             self._release()
+
+    def _claim(self, nbytes: int) -> int:
+        # What is larger than the whole budget, be it by its header, takes all of it.
+        return min(nbytes, self._settings.in_flight)
 
     def _reserve(self, nbytes: int) -> None:
         self._budget.take(nbytes, self._settings.stall_timeout)

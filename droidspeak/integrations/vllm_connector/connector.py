@@ -6,6 +6,7 @@ Source: vllm/distributed/kv_transfer/kv_connector/v1/base.py of 0.32.0.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -172,14 +173,7 @@ class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
 
 def _options(settings: Settings, shard: str) -> ConnectorOptions:
-    options = settings.connector_options
-    return ConnectorOptions(
-        chunk_size=options.chunk_size,
-        codec=options.codec,
-        load_deadline=options.load_deadline,
-        loaders=options.loaders,
-        shard=shard,
-    )
+    return replace(settings.connector_options, shard=shard, maps=False)
 
 
 def _rank() -> int:

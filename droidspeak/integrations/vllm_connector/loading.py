@@ -42,6 +42,11 @@ class Loading:
         self._cursor = self._begin
 
     @property
+    def fresh(self) -> bool:
+        """Whether `advance` has not been called yet."""
+        return self._cursor == self._begin and len(self._left) == len(self._plan.loaded)
+
+    @property
     def recomputes(self) -> bool:
         """Whether there is anything to recompute."""
         return bool(self._plan.groups) and self.order.match.shared_tokens > 0

@@ -57,15 +57,10 @@ class SaveOrder:
 
 @dataclass
 class StepOrders(KVConnectorMetadata):  # type: ignore[misc]
-    """From the scheduler to each worker.
-
-    Attributes:
-        idle: the step computes nothing; workers may wait a little for what is being loaded.
-    """
+    """From the scheduler to each worker."""
 
     loads: list[LoadOrder] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
-    idle: bool = False
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class SchedulerHalf:
         """What the workers do in `step`."""
         loads, self._orders = self._orders, []
         saves = list(self._saves_of(step)) if self._saves else []
-        return StepOrders(loads, saves, idle=not step.total_num_scheduled_tokens)
+        return StepOrders(loads, saves)
 
     def _saves_of(self, step: Any) -> Iterable[SaveOrder]:
         for new in step.scheduled_new_reqs:

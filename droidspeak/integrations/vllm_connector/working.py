@@ -11,10 +11,9 @@ anew, and what this step made of them is thrown away.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,7 +29,7 @@ from droidspeak.integrations.vllm_connector.saving import EPages, Saver
 __all__ = ["WorkerHalf"]
 
 _log = logging.getLogger(__name__)
-_IDLE_SECONDS = 0.005
+T = TypeVar("T")
 
 
 class WorkerHalf:
@@ -93,8 +92,9 @@ class WorkerHalf:
             else:
                 self._now.append(loading)
                 with self._failing(loading):
-                    self._together(loading, lambda loading=loading: self._recompute(loading))  # type: ignore[misc]
-        self._advance(idle=orders.idle)
+                    self._together(loading.await_recompute)
+                    self._recompute(loading)
+        self._advance()
 
     def _begin(self, order: LoadOrder) -> Loading:
         device = next(iter(self._layers.values())).device
@@ -114,17 +114,16 @@ class WorkerHalf:
             raise LoadFailed(Reason.STORE_UNAVAILABLE, "the model is not known: is the vLLM plug-in loaded?")
         return self._prefill
 
-    def _together(self, loading: Loading, work: Callable[[], None]) -> None:
-        """Makes `work` if what it needs has come on all ranks."""
+    def _together(self, work: Callable[[], T]) -> T:
+        """Does `work`, and fails if it fails on any rank: all go the same way, or collectives never meet."""
         failure: LoadFailed | None = None
         try:
-            loading.await_recompute()
+            done = work()
         except LoadFailed as error:
             failure = error
         if self._agree(failure is None):
-            work()
-        else:
-            raise failure or LoadFailed(Reason.STORE_UNAVAILABLE, "another rank could not load its part")
+            return done
+        raise failure or LoadFailed(Reason.STORE_UNAVAILABLE, "another rank could not load its part")
 
     def wait(self, layer_name: str) -> None:
         """Delivers a layer of all loads of this step, just before the forward comes to it."""
@@ -137,21 +136,23 @@ class WorkerHalf:
             with self._failing(loading):
                 loading.deliver(layer)
 
-    def _advance(self, *, idle: bool) -> None:
+    def _advance(self) -> None:
         if not self._background:
             return
         loading = self._background[0]
-        more = True
         with self._failing(loading):
-            self._nested = True
-            try:
-                more = loading.advance(self._prefill)
-            finally:
-                self._nested = False
-        if not more:
-            self._end(loading)
-        elif idle and loading in self._background:
-            time.sleep(_IDLE_SECONDS)
+            if loading.fresh:
+                self._together(loading.await_recompute)
+            if not self._together(lambda: self._piece(loading)):
+                self._end(loading)
+
+    def _piece(self, loading: Loading) -> bool:
+        prefill = self._ready_prefill() if loading.recomputes else None
+        self._nested = True
+        try:
+            return loading.advance(prefill)
+        finally:
+            self._nested = False
 
     # After the forward
 
