@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .commandline import call
+
 METHOD_KEYS = {
     "method",
     "plan",
@@ -53,6 +55,8 @@ def pair(tmp_path_factory):
 
 
 def run(*arguments, env=None):
+    if env is None:
+        return call(*arguments)
     command = [sys.executable, "-m", "droidspeak", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=env)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from droidspeak.layerselect import Costs, FrontierPoint, Measures, Plan, Policy, Score
 from droidspeak.layerselect.artifact import Side, read_policy, write_policy
 from droidspeak.storage import SourceManifest
+
+from .commandline import call
 
 LAYERS = 4
 POINTS = [("reuse", 0.4), ("1-2", 0.96), ("0-2", 0.98), ("full", 1.0)]
@@ -52,8 +52,7 @@ def file(models, tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "droidspeak", "policy", *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+    return call("policy", *arguments)
 
 
 def rows(text):

@@ -22,6 +22,8 @@ from droidspeak.layerselect.artifact import read_artifact, read_policy
 from droidspeak.layerselect.mapping import Maps
 from droidspeak.layerselect.profiler import ProfileOptions
 
+from .commandline import call
+
 LAB = Path(__file__).parents[2] / "lab"
 LAYERS = 4
 
@@ -71,7 +73,11 @@ def command(pair, out, *options):
 
 
 def run(*arguments):
-    return subprocess.run(command(*arguments), check=False, capture_output=True, text=True)
+    words = command(*arguments)
+    if "--workers" in words or "--ray" in words:
+        # Workers import the process that starts them anew.
+        return subprocess.run(words, check=False, capture_output=True, text=True)
+    return call(*words[3:])
 
 
 def test_a_profile_becomes_a_policy_with_its_maps(pair, tmp_path):

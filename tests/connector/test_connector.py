@@ -26,7 +26,7 @@ def connector(store, plan: str = "2-3") -> Connector:
 def save(saving: Connector, source, tokens: int) -> None:
     session = saving.save(IDS, source)
     for layer in range(LAYERS):
-        k, v, e = (rows(source, Slot(kind, layer), tokens) for kind in SlotKind)
+        k, v, e = (rows(source, Slot(kind, layer), tokens) for kind in (SlotKind.K, SlotKind.V, SlotKind.E))
         session.put(layer, k, v, e if layer in session.e_layers else None)
     session.finish(wait=True)
 

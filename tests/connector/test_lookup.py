@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from droidspeak.connector import Connector, ConnectorOptions, Match, Reason, Status
 from droidspeak.errors import ConfigError, TierTimeout, TierUnavailable, UsageError
-from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet, Requirement
+from droidspeak.layerselect import FrontierPoint, MapFile, Plan, Policy, PolicySet, Requirement
 from droidspeak.layerselect.artifact import Side, write_policy
 from droidspeak.storage import codecs
 from droidspeak.storage.wrappers import FaultyTier, fail
@@ -226,6 +227,38 @@ def test_quality_floor():
     assert str(sharing.lookup(IDS, ME).plan) == "0-2"
     below = sharing.lookup(IDS, ME, requirement=Requirement(0.99))
     assert found(below) == (0, 0, None, Reason.BELOW_FLOOR)
+
+
+def mapping_policy(*points: tuple[str, float]) -> Policy:
+    frontier = tuple(FrontierPoint(Plan.parse(text, LAYERS), quality) for text, quality in points)
+    return Policy(SENDER.source_id, ME.source_id, frontier, maps=MapFile(Path("maps"), "0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("floor", "with_maps", "without"),
+    [(0.3, "reuse", "reuse"), (0.5, "1-1+emap", "0-2"), (0.98, "0-2+kvmap", Reason.MAPS_UNUSABLE)],
+)
+def test_an_engine_that_cannot_map_passes_over_plans_that_do(floor, with_maps, without):
+    store = memory()
+    fill(store, SENDER, IDS, e_layers=range(LAYERS))
+    points = [("reuse", 0.3), ("1-1+emap", 0.9), ("0-2", 0.97), ("0-2+kvmap", 0.99)]
+    policy = mapping_policy(*points)
+    told = []
+    for maps in (True, False):
+        match = connector(store, policy, maps=maps).lookup(IDS, ME, requirement=Requirement(floor))
+        told.append(str(match.plan) if match else match.reason)
+        assert match.policy in (None, policy)
+    assert told == [with_maps, without]
+
+
+def test_only_plans_that_map():
+    store = memory()
+    fill(store, SENDER, IDS, e_layers=range(LAYERS))
+    sharing = connector(store, mapping_policy(("1-1+emap", 0.9)), maps=False)
+    assert found(sharing.lookup(IDS, ME, requirement=Requirement(0.9))) == (0, 0, None, Reason.MAPS_UNUSABLE)
+    assert found(sharing.lookup(IDS, ME, requirement=Requirement(0.95))) == (0, 0, None, Reason.BELOW_FLOOR)
+    # The sender keeps E for engines that can map.
+    assert sharing.save(prompt(5)[SIZE:], SENDER).e_layers == {1}
 
 
 def test_a_plan_that_uses_nothing_of_the_sender_is_no_sharing():

@@ -33,8 +33,11 @@ def connector(store, *plans: str, **options) -> Connector:
     return Connector(store, PolicySet(policies), ConnectorOptions(chunk_size=SIZE, **options))
 
 
+KINDS = (SlotKind.K, SlotKind.V, SlotKind.E)
+
+
 def put(session: SaveSession, layer: int, start: int = 0, stop: int = TOTAL, *, with_e: bool = True) -> None:
-    k, v, e = (rows(ME, Slot(kind, layer), stop)[start:] for kind in SlotKind)
+    k, v, e = (rows(ME, Slot(kind, layer), stop)[start:] for kind in KINDS)
     session.put(layer, k, v, e if with_e else None, start=start)
 
 
@@ -207,7 +210,7 @@ def test_the_engine_may_overwrite_its_tensors_at_once():
     session = connector(store, "1-2").save(IDS, ME)
     page = {slot: torch.empty(TOTAL, *shape) for slot, shape in _pages().items()}
     for layer in range(LAYERS):
-        for kind in SlotKind:
+        for kind in KINDS:
             page[kind].copy_(rows(ME, Slot(kind, layer), TOTAL))
         session.put(layer, page[SlotKind.K], page[SlotKind.V], page[SlotKind.E])
         for tensor in page.values():

@@ -6,11 +6,12 @@ import logging
 import math
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from droidspeak.errors import PolicyError, UsageError
-from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet
+from droidspeak.layerselect import Costs, FrontierPoint, MapFile, Plan, Policy, PolicySet
 from droidspeak.layerselect.artifact import Side, write_policy
 
 from .policyfiles import remake
@@ -20,9 +21,12 @@ LAYERS = 6
 SIDES = {name: Side(name, {"weights": name}) for name in ("one", "two", "three")}
 
 
-def policy(*points: tuple[str, float], sender: str = A, receiver: str = B) -> Policy:
+COSTS = Costs(1e-6)
+
+
+def policy(*points: tuple[str, float], sender: str = A, receiver: str = B, maps=None) -> Policy:
     frontier = tuple(FrontierPoint(Plan.parse(text, LAYERS), quality) for text, quality in points)
-    return Policy(sender, receiver, frontier)
+    return Policy(sender, receiver, frontier, costs=COSTS, maps=maps)
 
 
 def test_transition_layers_of_all_plans():
@@ -56,6 +60,29 @@ def test_bad_policies_are_one_line(sender, receiver, frontier, message):
 def test_numbers_are_finite(number):
     with pytest.raises(UsageError, match="finite"):
         FrontierPoint(Plan.parse("reuse", 4), number)
+
+
+MAPS = MapFile(Path("maps.safetensors"), "0" * 64)
+
+
+def test_without_maps():
+    points = [("reuse", 0.2), ("1-2", 0.6), ("1-2+emap", 0.9), ("3-3+emap+kvmap:0", 0.95), ("0-3", 1.0)]
+    whole = policy(*points, maps=MAPS)
+    plain = whole.without_maps()
+    assert [str(point.plan) for point in plain.frontier] == ["reuse", "1-2", "0-3"]
+    assert (plain.maps, plain.transition_layers, whole.transition_layers) == (None, {1}, {1, 3})
+    assert (plain.sender, plain.receiver, plain.costs) == (A, B, COSTS)
+    assert plain.without_maps() == plain
+
+
+def test_a_policy_that_only_maps_is_none_without_maps():
+    assert policy(("reuse+kvmap", 0.9), ("1-2+emap", 0.9), maps=MAPS).without_maps() is None
+
+
+def test_what_a_policy_reaches():
+    whole = policy(("reuse", 0.5), ("1-2+emap", 0.9), ("full", 1.0), maps=MAPS)
+    assert [whole.reaches(floor) for floor in (0.5, 0.9, 0.91, 1.0)] == [True, True, False, False]
+    assert [whole.without_maps().reaches(floor) for floor in (0.5, 0.9)] == [True, False]
 
 
 def test_policy_set():

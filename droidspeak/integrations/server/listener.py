@@ -48,16 +48,25 @@ class Crowd:
             channel.close()
             return
         self._counters.add("connections")
-        threading.Thread(target=self._run, args=(channel, serve), name="droidspeak-lm", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(channel, serve), name="droidspeak-lm", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            _log.warning("connection refused: %s", error)
+            self._counters.add("closed", "no_thread")
+            self._leave(channel)
 
     def _run(self, channel: Channel, serve: Callable[[Channel], None]) -> None:
         try:
             serve(channel)
         finally:
-            channel.close()
-            with self._changed:
-                self._open.remove(channel)
-                self._changed.notify_all()
+            self._leave(channel)
+
+    def _leave(self, channel: Channel) -> None:
+        channel.close()
+        with self._changed:
+            self._open.remove(channel)
+            self._changed.notify_all()
 
     def wait(self, timeout: float) -> bool:
         """Waits until no connection is open; whether that came within `timeout` s."""
