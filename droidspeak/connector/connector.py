@@ -55,6 +55,7 @@ class ConnectorOptions:
         loaders: threads per stream.
         save_backlog: bytes that may wait to be saved; what comes beyond is not saved.
         shard: this process's tensor-parallel shard.
+        maps: the engine can map; if it cannot, plans that map are passed over.
 
     Raises:
         UsageError, ConfigError: a value that is not allowed.
@@ -66,6 +67,7 @@ class ConnectorOptions:
     loaders: int = 2
     save_backlog: int = 1 << 30
     shard: str = "0of1"
+    maps: bool = True
 
     def __post_init__(self) -> None:
         PrefixHasher(self.chunk_size)
@@ -308,14 +310,15 @@ class Connector:
 
     def _shared(self, question: _Question, policy: Policy) -> Match:
         own, floor = question.own, question.requirement.quality_floor
-        # A plan that loads nothing is the receiver's own prefill, which is exact and can be saved.
-        if not any(point.quality >= floor and point.plan.loaded for point in policy.frontier):
-            return replace(own, reason=Reason.BELOW_FLOOR)
+        followed = policy if self.options.maps else policy.without_maps()
+        if followed is None or not followed.reaches(floor):
+            reason = Reason.MAPS_UNUSABLE if policy.reaches(floor) else Reason.BELOW_FLOOR
+            return replace(own, reason=reason)
         infos, broken = self._leading(SourceId(policy.sender), question.hashes)
         if not infos:
             return replace(own, reason=Reason.STORE_UNAVAILABLE) if broken else own
         readable = _with_codec(infos, policy)
-        plan = choose(policy, question.requirement, self._situation(question, readable))
+        plan = choose(followed, question.requirement, self._situation(question, readable))
         if plan is None or not plan.loaded:
             return replace(own, reason=Reason.PREFILL_CHOSEN)
         usable = _with_e(readable, plan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from droidspeak.errors import UsageError
@@ -119,3 +119,15 @@ class Policy:
     def transition_layers(self) -> frozenset[int]:
         """Layers whose E the sender must store."""
         return frozenset(layer for point in self.frontier for layer in point.plan.transition_layers)
+
+    def reaches(self, floor: float) -> bool:
+        """Whether a plan that loads anything has at least the quality `floor`.
+
+        A plan that loads nothing is the receiver's own prefill, which is exact and can be saved.
+        """
+        return any(point.quality >= floor and point.plan.loaded for point in self.frontier)
+
+    def without_maps(self) -> Policy | None:
+        """This policy for an engine that cannot map: less the plans that do; `None` if all do."""
+        points = tuple(point for point in self.frontier if not point.plan.needs_maps)
+        return replace(self, frontier=points, maps=None) if points else None

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from droidspeak.config import Address, Settings, open_store, open_tiers
+from droidspeak.integrations.server.buffers import Buffers
 from droidspeak.integrations.server.channel import Channel
 from droidspeak.integrations.server.listener import Crowd, Listener
 from droidspeak.integrations.server.session import Session
@@ -41,6 +42,7 @@ class Daemon:
         self._settings = settings
         self.state = DaemonState(settings, {})
         self._budget = self.state.budget
+        self._buffers = Buffers()
         self._crowd = Crowd(settings.server.max_connections, self.state.counters)
         self._listeners: list[Listener] = []
         self._undo = ExitStack()
@@ -105,6 +107,7 @@ class Daemon:
             codec=self._settings.codec,
             counters=self.state.counters,
             budget=self._budget,
+            buffers=self._buffers,
         ).run()
 
     def _close_listeners(self) -> None:

@@ -14,11 +14,10 @@ import logging
 import time
 from collections.abc import Sequence
 
-import torch
-
 from droidspeak.config import ServerSettings
 from droidspeak.errors import StorageError
 from droidspeak.integrations.server.budget import BytesBudget, OverBudget
+from droidspeak.integrations.server.buffers import Buffers
 from droidspeak.integrations.server.channel import SEGMENT, Channel, Closed
 from droidspeak.integrations.server.objects import answer_of, chunk_of, key_of
 from droidspeak.integrations.server.wire import HIT, MISS, REQUEST, BadFrame, Command, Request
@@ -37,6 +36,7 @@ class Session:
         codec: of what is stored.
         counters: see `DaemonState`.
         budget: of payloads under way, shared by all connections.
+        buffers: for what is received, shared as well.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Session:
         codec: str,
         counters: Counters,
         budget: BytesBudget,
+        buffers: Buffers,
     ) -> None:
         self._channel = channel
         self._tenant, self._store = tenant, store
         self._settings, self._codec = settings, codec
-        self._counters, self._budget = counters, budget
+        self._counters, self._budget, self._buffers = counters, budget, buffers
         self._header = memoryview(bytearray(REQUEST.size))
         self._held = 0  # bytes of the budget
         self._usual = 0  # bytes of the object that was asked for last; 0 if none was
@@ -119,7 +120,7 @@ class Session:
         if request.length <= SEGMENT:
             # A body of one segment waits for the acknowledgement of its header.
             self._channel.acknowledge()
-        stored = torch.empty(request.length, dtype=torch.uint8)
+        stored = self._buffers.take(request.length)
         self._receive(stored.numpy().data)
         try:
             self._store.write(chunk_of(self._tenant, request, stored, self._codec))

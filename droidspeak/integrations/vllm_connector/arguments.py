@@ -16,7 +16,6 @@ from typing import Any
 
 from droidspeak.config import open_policies
 from droidspeak.config.opening import settings_from
-from droidspeak.layerselect import PolicySet
 from droidspeak.storage import SourceManifest
 
 __all__ = ["EngineArguments", "Role", "engine_arguments"]
@@ -104,14 +103,14 @@ def engine_arguments(
     """The arguments of a server that serves `model`.
 
     Args:
-        extra: options of the connector, checked here: keys of `droidspeak.config.Settings`, and `config` for
-            a file of them.
+        extra: options of the connector, checked here (tiers are opened by the server only): keys of
+            `droidspeak.config.Settings`, and `config` for a file of them.
         model: without it, which E to capture and the dtype are left to the caller.
 
     Raises:
         ConfigError, PolicyError: as the connector would, when vLLM starts.
     """
-    policies = open_policies(settings_from(extra)) or PolicySet()
+    policies = open_policies(settings_from(extra))
     if model is None:
         return EngineArguments(role, extra)
     needed = policies.transition_layers(model.source_id) if role.sends else ()

@@ -100,8 +100,10 @@ class RequestState:
             return Outcome(self.failure, len(self.tokens), 0, 0, None, None, *loaded)
         if not self.options.load:
             return Outcome(Reason.OPTED_OUT, len(self.tokens))
-        if match is None or not match:
-            return Outcome(match.reason if match else Reason.MISS, len(self.tokens))
+        if match is None:
+            return Outcome(Reason.MISS, len(self.tokens))
+        if not match:
+            return Outcome(match.reason, len(self.tokens))
         if not self.ordered:
             # vLLM's own prefix cache had it all.
             return Outcome(Reason.EXACT_HIT, len(self.tokens))
