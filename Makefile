@@ -5,7 +5,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: help demo test test-vllm check format lab bench bench-quality clean
+.PHONY: help demo test test-vllm check format lab bench bench-quality bench-server clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -62,6 +62,11 @@ bench: .venv/dev
 ## make bench-quality  measure quality on all pairs of the lab, and write docs/benchmarks/quality.md
 bench-quality: .venv/dev
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.quality
+
+## make bench-server   measure the daemon against LMCache's, Redis and a bare socket, and write docs/benchmarks/server.md
+bench-server: .venv/dev
+	command -v redis-server || .ci/packages redis-server
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.server
 
 ## make clean   remove .venv and caches
 clean:

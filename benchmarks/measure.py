@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 __all__ = ["Series", "interleaved", "machine", "table"]
 
 
@@ -57,6 +55,8 @@ def interleaved(
 
 def machine() -> str:
     """One line about where the figures come from."""
+    import torch  # not above: the clients of a server are forked before it is there
+
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.machine()

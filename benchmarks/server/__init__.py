@@ -1,0 +1,1 @@
+"""The daemon against LMCache's own server, Redis and a bare socket."""
