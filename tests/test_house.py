@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "integrations": GROUND | {"storage", "layerselect", "connector", "config"},
 }
 # The command line is the front of the house: it opens every door. The doors do not know each other.
-DOORS = {"transformers", "vllm_connector", "lmcache_plugin", "server"}
+DOORS = {"transformers", "vllm_connector", "lmcache_plugin", "server", "sglang_backend"}
 
 EXPORTS = {
     "droidspeak": ["DroidSpeakError", "__version__"],

@@ -21,6 +21,7 @@ from droidspeak.connector import Connector, ConnectorOptions
 from droidspeak.integrations.vllm_connector.identity import Identities
 from droidspeak.integrations.vllm_connector.messages import Reports, StepOrders
 from droidspeak.integrations.vllm_connector.metrics import ConnectorMetrics, ConnectorStats
+from droidspeak.integrations.vllm_connector.saving import captured_layers
 from droidspeak.integrations.vllm_connector.scheduling import SchedulerHalf
 from droidspeak.integrations.vllm_connector.working import WorkerHalf
 
@@ -66,6 +67,7 @@ class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             salt=settings.salt,
             saves=transfer.is_kv_producer,
             loads=transfer.is_kv_consumer,
+            captured=captured_layers(vllm_config),
             background=settings.vllm.load == "async",
         )
 

@@ -52,9 +52,9 @@ class Loading:
         return bool(self._plan.groups) and self.order.match.shared_tokens > 0
 
     @property
-    def failed_blocks(self) -> set[int]:
-        """Blocks that may hold anything if this has failed."""
-        return set(self.order.block_ids[self.order.first // self._block_size :])
+    def blocks(self) -> Tensor:
+        """Blocks that this writes to, which may hold anything if it has failed; int64."""
+        return self._blocks[self.order.first // self._block_size :]
 
     def await_recompute(self) -> None:
         """Waits for all that the recomputed groups need."""

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,17 @@ from droidspeak.connector import Connector
 from droidspeak.integrations.vllm_connector.messages import SaveOrder
 from droidspeak.integrations.vllm_connector.paging import PagedLayer
 
-__all__ = ["EPages", "Saver"]
+__all__ = ["EPages", "Saver", "captured_layers"]
 
 _log = logging.getLogger(__name__)
+
+
+def captured_layers(vllm_config: Any) -> tuple[int, ...]:
+    """Layers whose E an engine captures, as vLLM's method `extract_hidden_states` is told."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "extract_hidden_states":
+        return ()
+    return tuple(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,10 @@ class EPages:
     def snapshot(self, block_ids: Tensor) -> Tensor:
         """A copy of whole pages."""
         return self.pages[block_ids]
+
+    def clear(self, block_ids: Tensor) -> None:
+        """Marks pages as nobody's: their rows are no numbers until a forward writes them."""
+        self.pages[block_ids] = torch.nan
 
     def rows(self, snapshot: Tensor, layer: int) -> Tensor:
         """E of one layer, `[blocks x block_size, hidden]`."""
@@ -83,6 +96,11 @@ class Saver:
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "droidspeak-vllm-save")
 
+    def loading(self, block_ids: Tensor) -> None:
+        """K and V are about to be loaded into blocks. E is not: chunks over them are not saved with E."""
+        if self._e is not None:
+            self._e.clear(block_ids)
+
     def keep(self, order: SaveOrder) -> None:
         """Copies the pages of `order`; everything else happens later."""
         copied = self._copy(order)
@@ -124,12 +142,17 @@ class Saver:
         given: Collection[int] = () if self._e is None else self._e.layers
         tokens = order.token_ids[: order.chunks.stop * size]
         session = self._connector.save(tokens, order.source, salt=order.salt, e_layers=given)
-        if session.wanted:
-            begin = order.chunks.start * size
-            for layer, snapshot in copied.layers.items():
-                k, v = self._layers[layer].rows(snapshot)
-                e = None
-                if layer in session.e_layers and self._e is not None and copied.e is not None:
-                    e = self._e.rows(copied.e, layer)[begin - copied.start :]
-                session.put(layer, k[begin - copied.start :], v[begin - copied.start :], e, start=begin)
+        for layer, snapshot in copied.layers.items() if session.wanted else ():
+            k, v = self._layers[layer].rows(snapshot)
+            e = None
+            if layer in session.e_layers and self._e is not None and copied.e is not None:
+                e = self._e.rows(copied.e, layer)
+            for begin in (chunk * size for chunk in order.chunks):
+                cut = slice(begin - copied.start, begin - copied.start + size)
+                session.put(layer, k[cut], v[cut], _written(e, cut), start=begin)
         session.finish()
+
+
+def _written(e: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows of E, if a forward has written all of them."""
+    return None if e is None or bool(e[rows].isnan().any()) else e[rows]

@@ -14,7 +14,7 @@ only this request has; a later request for the same prompt never meets them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from droidspeak.connector import Connector, Match, Outcome
@@ -33,6 +33,7 @@ class SchedulerHalf:
 
     Args:
         saves, loads: which of both this engine does.
+        captured: layers whose E it captures.
         background: load between steps; requests wait, and the others go on.
     """
 
@@ -46,11 +47,13 @@ class SchedulerHalf:
         salt: str,
         saves: bool,
         loads: bool,
+        captured: Collection[int],
         background: bool,
     ) -> None:
         self._connector, self._identities = connector, identities
         self._block_size, self._requirement, self._salt = block_size, requirement, salt
         self._saves, self._loads, self._background = saves, loads, background
+        self._captured = frozenset(captured)
         self._requests: dict[str, RequestState] = {}
         self._orders: list[LoadOrder] = []
         self.cache_manager: Any = None
@@ -83,7 +86,7 @@ class SchedulerHalf:
         now = time.monotonic()
         if state.match is None or now - state.looked_up > _LOOKUP_SECONDS:
             waiting = sum(not other.ordered for other in self._requests.values()) - 1
-            state.match = self._connector.lookup(
+            match = self._connector.lookup(
                 state.tokens,
                 state.source,
                 salt=state.salt,
@@ -91,8 +94,14 @@ class SchedulerHalf:
                 share=state.options.share,
                 queue_depth=max(0, waiting),
             )
-            state.looked_up = now
+            state.match, state.looked_up = match.up_to_missing_e(self._wanted_e(state)), now
         return state.match
+
+    def _wanted_e(self, state: RequestState) -> Collection[int]:
+        """Layers whose E is kept with chunks of this request."""
+        if not self._saves or not state.options.save or state.source is None:
+            return ()
+        return self._connector.policies.transition_layers(state.source.source_id) & self._captured
 
     @staticmethod
     def _set_apart(request: Any, state: RequestState, match: Match) -> None:
@@ -170,7 +179,8 @@ class SchedulerHalf:
         for request_id, report in (reports.loads if reports else {}).items():
             if (state := self._requests.get(request_id)) is not None:
                 state.report, state.failure = report, report.failure
-                state.match = None if report.failure else state.match
+                if report.failure:
+                    state.match, state.saved = None, 0
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Counts the request, and says what became of it."""

@@ -24,7 +24,7 @@ from droidspeak.integrations.vllm_connector.loading import Loading
 from droidspeak.integrations.vllm_connector.messages import LoadOrder, LoadReport, Reports, StepOrders
 from droidspeak.integrations.vllm_connector.paging import PagedLayer
 from droidspeak.integrations.vllm_connector.recompute import PartialPrefill
-from droidspeak.integrations.vllm_connector.saving import EPages, Saver
+from droidspeak.integrations.vllm_connector.saving import EPages, Saver, captured_layers
 
 __all__ = ["WorkerHalf"]
 
@@ -51,6 +51,7 @@ class WorkerHalf:
         self._reports = Reports()
         self._broken: set[int] = set()
         self._received: set[str] = set()
+        self._failed: set[str] = set()  # requests whose load within this step has failed
         self._nested = False
 
     def register(self, caches: Mapping[str, torch.Tensor]) -> None:
@@ -99,7 +100,10 @@ class WorkerHalf:
     def _begin(self, order: LoadOrder) -> Loading:
         device = next(iter(self._layers.values())).device
         stream = self._connector.load(order.match)
-        return Loading(order, stream, self._layers, block_size=self._block_size, device=device)
+        loading = Loading(order, stream, self._layers, block_size=self._block_size, device=device)
+        if self._saver is not None:
+            self._saver.loading(loading.blocks)
+        return loading
 
     def _recompute(self, loading: Loading) -> None:
         if loading.recomputes:
@@ -158,10 +162,17 @@ class WorkerHalf:
 
     def save(self, orders: StepOrders) -> None:
         """Copies what `orders` keep, and ends the loads of this step."""
+        self._end_delivered()
+        loaded = {order.request_id for order in orders.loads if not order.background}
+        for order in orders.saves if self._saver else ():
+            # What was computed over blocks of a load that failed, on whichever rank, is wrong on all.
+            if order.request_id not in loaded or self._agree(order.request_id not in self._failed):
+                self._saver.keep(order)  # type: ignore[union-attr]
+        self._failed.clear()
+
+    def _end_delivered(self) -> None:
         for loading in list(self._now):
             self._end(loading)
-        for order in orders.saves if self._saver else ():
-            self._saver.keep(order)  # type: ignore[union-attr]
 
     def finished(self) -> set[str]:
         """Requests whose load between steps has ended since the last call, well or not."""
@@ -175,6 +186,8 @@ class WorkerHalf:
 
     def reports(self) -> Reports | None:
         """How loads ended since the last call."""
+        # With E captured, vLLM asks before it has all saved.
+        self._end_delivered()
         reports, self._reports = self._reports, Reports()
         return reports if reports.loads else None
 
@@ -191,13 +204,15 @@ class WorkerHalf:
             yield
         except LoadFailed as error:
             _log.warning("request %s is prefilled: %s", loading.order.request_id, error)
-            self._broken |= loading.failed_blocks
+            self._broken.update(loading.blocks.tolist())
             self._end(loading, Reason(error.reason))
 
     def _end(self, loading: Loading, failure: Reason | None = None) -> None:
         loading.stream.close()
         if loading in self._now:
             self._now.remove(loading)
+            if failure is not None:
+                self._failed.add(loading.order.request_id)
         if loading in self._background:
             self._background.remove(loading)
             self._received.add(loading.order.request_id)
@@ -211,8 +226,5 @@ _E_LAYER = "cache_only_layers"
 def _e_pages(vllm_config: Any, caches: Mapping[str, torch.Tensor]) -> EPages | None:
     """The pages that `extract_hidden_states` fills, and the layers whose input they hold."""
     pages = next((cache for name, cache in caches.items() if name.startswith(_E_LAYER)), None)
-    speculative = vllm_config.speculative_config
-    if pages is None or speculative is None:
-        return None
-    layers = speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids
-    return EPages(pages, tuple(layers))
+    layers = captured_layers(vllm_config)
+    return EPages(pages, layers) if layers and pages is not None else None

@@ -1,0 +1,186 @@
+"""Tiny models on disk, prompts, policies, and what the transformers door makes of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto import AutoModelForCausalLM
+
+from droidspeak.connector import Connector, ConnectorOptions
+from droidspeak.integrations.transformers import DroidSpeak, Prefix, PrefixKV, capture
+from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet
+from droidspeak.layerselect.artifact import Side, write_policy
+from droidspeak.storage import ChunkKey, PrefixHasher, Slot, SlotKind, SourceManifest, Tier
+
+from .engine import Answer
+
+VOCABULARY, LAYERS, HIDDEN = 256, 4, 128
+NEAR = 1e-4
+MARGIN = 0.005  # of the best token's logit; engines differ by less than `NEAR`
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+
+def prompt(number: int, length: int) -> list[int]:
+    """Token ids; the same for the same number, and of a longer prompt the first ones."""
+    draw = random.Random(number)
+    return [draw.randrange(3, VOCABULARY) for _ in range(length)]
+
+
+def save_model(
+    folder: Path, architecture: str = "llama", *, noise: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Path:
+    """A model whose answers are not decided by rounding; those with little noise are near to each other."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"sliding_window": None} if architecture == "mistral" else {}
+        model = AutoModelForCausalLM.from_config(_ARCHITECTURES[architecture](**_SHAPE, **options))
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.data *= 3
+        torch.manual_seed(1)
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.data += noise * weights.std() * torch.randn_like(weights)
+        model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@cache
+def load(folder: Path) -> Any:
+    """The model by transformers, in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def keys_of(source: SourceManifest, token_ids: Sequence[int], size: int, salt: str = "") -> list[ChunkKey]:
+    return [ChunkKey(source.source_id, "0of1", link) for link in PrefixHasher(size, salt).hashes(token_ids)]
+
+
+def renamed(manifest: SourceManifest, name: str) -> SourceManifest:
+    """The same model as far as numbers go, under weights of another name."""
+    return replace(manifest, weights=f"{name} of {manifest.weights}")
+
+
+def write_plan(
+    folder: Path, sender: SourceManifest, receiver: SourceManifest, plan: str, quality: float = 1.0
+) -> str:
+    """Writes a policy of one plan; returns the folder as configuration has it."""
+    folder.mkdir(exist_ok=True)
+    point = FrontierPoint(Plan.parse(plan, sender.architecture.layers), quality)
+    policy = Policy(sender.source_id, receiver.source_id, (point,))
+    path = folder / f"{sender.source_id[:12]}-{receiver.source_id[:12]}.json"
+    write_policy(path, policy, Side.of("sender", sender), Side.of("receiver", receiver))
+    return str(folder)
+
+
+def store_prefill(
+    tier: Tier, folder: Path, source: SourceManifest, token_ids: Sequence[int], size: int
+) -> PrefixKV:
+    """Stores the whole chunks that the model of `folder` prefills, with E of all layers, as `source`'s."""
+    prefix = capture(load(folder), torch.tensor(token_ids), range(LAYERS))
+    connector = Connector(tier, _EveryLayer(), ConnectorOptions(chunk_size=size))
+    session = connector.save(token_ids, source)
+    for layer, (k, v) in enumerate(prefix.layers):
+        session.put(layer, k, v, prefix.inputs[layer])
+    assert session.finish(wait=True) == len(token_ids) // size
+    connector.close()
+    return prefix
+
+
+class _EveryLayer:
+    """Stands for policies that want E of every layer."""
+
+    @staticmethod
+    def transition_layers(_source: str) -> frozenset[int]:
+        return frozenset(range(1, LAYERS))
+
+
+def stored(
+    tier: Tier, source: SourceManifest, token_ids: Sequence[int], size: int, e_layers: Iterable[int] = ()
+) -> PrefixKV:
+    """The rows of all whole chunks of a prompt that a store holds of `source`."""
+    slots = [*Slot.kv(range(source.architecture.layers)), *(Slot(SlotKind.E, layer) for layer in e_layers)]
+    chunks = [tier.read(key, slots) for key in keys_of(source, token_ids, size)]
+    rows = {slot: torch.cat([chunk.tensor(slot) for chunk in chunks if chunk]) for slot in slots}
+    layers = [(rows[k], rows[v]) for k, v in (Slot.kv([n]) for n in range(source.architecture.layers))]
+    return PrefixKV(layers, {slot.layer: rows[slot] for slot in slots if slot.kind is SlotKind.E})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is right: greedy tokens, and the logarithm of every token's probability at each place."""
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+@torch.no_grad()
+def answer(model: Any, token_ids: Sequence[int], prefix: Prefix | None = None, new: int = 6) -> Reference:
+    """The answer of `model` over `prefix`, or over its own prefill of all.
+
+    Fails where rounding would decide: no engine must agree with another on such a prompt.
+    """
+    cache = prefix.past_key_values if prefix is not None else None
+    rest = torch.tensor(token_ids)[prefix.tokens if prefix is not None else 0 :]
+    said: list[int] = []
+    logprobs = []
+    while len(said) < new:
+        out = model(rest[None], past_key_values=cache, use_cache=True)
+        cache, logits = out.past_key_values, out.logits[0, -1].float()
+        best = logits.topk(2).values
+        assert best[0] - best[1] > MARGIN, f"the prompt of {token_ids[:3]} ... is a matter of rounding"
+        said.append(int(logits.argmax()))
+        logprobs.append(logits.log_softmax(-1))
+        rest = torch.tensor(said[-1:])
+    return Reference(said, torch.stack(logprobs))
+
+
+def door(
+    folder: Path, tier: Tier, size: int, policies: Path | str | None = None, *, save: bool = False
+) -> DroidSpeak:
+    """The transformers door on a model's folder."""
+    followed = None if policies is None else PolicySet.from_folder(Path(policies))
+    options = ConnectorOptions(chunk_size=size)
+    return DroidSpeak(load(folder), tier, followed, folder=folder, options=options, save=save)
+
+
+def assert_near(mine: PrefixKV, right: PrefixKV, near: float = NEAR) -> None:
+    """K, V and E of the tokens that both have, and E of the same layers."""
+    assert mine.inputs.keys() == right.inputs.keys()
+    pairs = [pair for one, other in zip(mine.layers, right.layers, strict=True) for pair in zip(one, other)]
+    pairs += [(mine.inputs[layer], right.inputs[layer]) for layer in mine.inputs]
+    for one, other in pairs:
+        torch.testing.assert_close(one, other[: len(one)], rtol=0, atol=near)
+
+
+def assert_said(answer: Answer, right: Reference, near: float = NEAR) -> None:
+    """The same tokens, with the same probabilities."""
+    assert answer.tokens == right.tokens
+    for place, seen in enumerate(answer.logprobs):
+        for token, logprob in seen.items():
+            assert abs(float(right.logprobs[place, token]) - logprob) < near, (place, token)
