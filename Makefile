@@ -5,7 +5,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: help demo test test-vllm check format lab bench bench-quality bench-server clean
+.PHONY: help demo test test-vllm check format lab bench bench-quality bench-server bench-vllm clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ bench-quality: .venv/dev
 bench-server: .venv/dev
 	command -v redis-server || .ci/packages redis-server
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.server
+
+## make bench-vllm  measure the vLLM door, and write docs/benchmarks/vllm.md
+bench-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m benchmarks.vllm
 
 ## make clean   remove .venv and caches
 clean:

@@ -9,11 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorRole,
-    SupportsHMA,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from droidspeak.config import Settings, open_policies
 from droidspeak.config.opening import open_store_from, release_store, settings_from
@@ -23,6 +19,7 @@ from droidspeak.integrations.vllm_connector.messages import Reports, StepOrders
 from droidspeak.integrations.vllm_connector.metrics import ConnectorMetrics, ConnectorStats
 from droidspeak.integrations.vllm_connector.saving import captured_layers
 from droidspeak.integrations.vllm_connector.scheduling import SchedulerHalf
+from droidspeak.integrations.vllm_connector.support import unsupported
 from droidspeak.integrations.vllm_connector.working import WorkerHalf
 
 if TYPE_CHECKING:
@@ -31,8 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["DroidSpeakConnector"]
 
 
-class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """One engine's way to the store.
+
+    It is no `SupportsHMA`: so vLLM keeps the blocks of all layers in one table, those of layers with a
+    sliding window too.
 
     `kv_connector_extra_config` takes every key of `droidspeak.config.Settings`, and `config` for a file.
 
@@ -42,6 +42,7 @@ class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._unsupported = unsupported(vllm_config, kv_cache_config)
         extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
         settings = settings_from(extra)
         self._store = open_store_from(extra)
@@ -61,7 +62,7 @@ class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         transfer = vllm_config.kv_transfer_config
         return SchedulerHalf(
             self._connector,
-            Identities(vllm_config),
+            Identities(vllm_config, self._unsupported),
             block_size=vllm_config.cache_config.block_size,
             requirement=settings.requirement,
             salt=settings.salt,
@@ -109,13 +110,6 @@ class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
         return False, self._half.finished(request)
 
-    def request_finished_all_groups(
-        self,
-        request: Any,
-        block_ids: tuple[list[int], ...],  # noqa: ARG002
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return False, self._half.finished(request)
-
     # In a worker
 
     @property
@@ -124,7 +118,8 @@ class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return self._worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._hands.register(kv_caches)
+        if self._unsupported is None:
+            self._hands.register(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self._hands.start(self._step_orders())

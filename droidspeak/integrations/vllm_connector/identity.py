@@ -21,13 +21,14 @@ class Identities:
 
     Args:
         vllm_config: of the engine.
+        unsupported: why the engine is not served at all, if it is not.
 
     An adapter counts by its file: one that is replaced at its path while it is loaded in vLLM must get
     another name there, as vLLM itself asks for.
     """
 
-    def __init__(self, vllm_config: Any) -> None:
-        self._config = vllm_config
+    def __init__(self, vllm_config: Any, unsupported: str | None = None) -> None:
+        self._config, self._unsupported = vllm_config, unsupported
         self._adapters: dict[tuple[str, str], SourceManifest | None] = {}
         self._base = self._identify(None)
 
@@ -44,6 +45,8 @@ class Identities:
 
     def _identify(self, adapter: Path | None) -> SourceManifest | None:
         try:
+            if self._unsupported is not None:
+                raise UnknownIdentity(self._unsupported)
             return _manifest(self._config, adapter)
         except IdentityError as error:
             _log.warning("no sharing and no saving: %s", error)

@@ -100,7 +100,8 @@ class Loading:
             self._write(layer, self._exact)
 
     def _run(self, prefill: PartialPrefill, group: Group, start: int, stop: int) -> None:
-        prefill.run(list(group), self._e(prefill, group.start, start, stop), start, self._blocks)
+        e = self._e(prefill, group.start, start, stop)
+        prefill.run(list(group), e, start, self._blocks, adapter=self.order.adapter)
 
     def _e(self, prefill: PartialPrefill, layer: int, start: int, stop: int) -> Tensor:
         if layer == 0:

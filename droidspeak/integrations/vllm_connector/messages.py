@@ -21,6 +21,7 @@ class LoadOrder:
         block_ids: of the request's tokens from 0 on.
         token_ids: of the prompt, as far as `match` goes.
         background: between the steps, not within this one.
+        adapter: the request's LoRA in vLLM's numbers, 0 for none.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class LoadOrder:
     block_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     background: bool
+    adapter: int = 0
 
     @property
     def end(self) -> int:

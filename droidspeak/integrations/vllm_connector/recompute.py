@@ -7,7 +7,8 @@ last layer only K and V are needed, but its whole layer runs: that is the one fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class PartialPrefill:
     ) -> None:
         self._config, self._attention = vllm_config, attention
         self._layers, self._embed = model.model.layers, model.model.embed_input_ids
+        self._adapters = getattr(model, "lora_manager", None)
         self._block_size = vllm_config.cache_config.block_size
         self._builders: dict[tuple[int, ...], Any] = {}
         self.budget = budget
@@ -43,12 +45,15 @@ class PartialPrefill:
         return embedded
 
     @torch.inference_mode()
-    def run(self, layers: Sequence[int], e: Tensor, start: int, block_ids: Tensor) -> None:
+    def run(
+        self, layers: Sequence[int], e: Tensor, start: int, block_ids: Tensor, *, adapter: int = 0
+    ) -> None:
         """Runs `layers` over the tokens from `start` on; `layers` of the tokens before are in the blocks.
 
         Args:
             e: `[tokens, hidden]`, the input of the first of `layers`; at most `budget` tokens.
             block_ids: of the request's tokens from 0 on, int64.
+            adapter: the request's LoRA in vLLM's numbers, one of the running batch; 0 for none.
         """
         from vllm.forward_context import set_forward_context
 
@@ -57,15 +62,33 @@ class PartialPrefill:
         slots = slots_of(block_ids, start, end, self._block_size)
         metadata = self._builder(layers).build(0, self._common(positions, slots, block_ids))
         names = [self._attention[layer][0] for layer in layers]
-        with set_forward_context(
+        context = set_forward_context(
             dict.fromkeys(names, metadata),
             self._config,
             num_tokens=end - start,
             slot_mapping=dict.fromkeys(names, slots),
-        ):
+        )
+        with context, self._adapted(adapter, end - start):
             hidden, residual = e.clone(), None
             for layer in layers:
                 hidden, residual = self._layers[layer](positions, hidden, residual)
+
+    @contextmanager
+    def _adapted(self, adapter: int, tokens: int) -> Iterator[None]:
+        """Within it all rows are of `adapter`; around it, as the batch has them."""
+        if self._adapters is None:
+            yield
+            return
+        from vllm.lora.layers import LoRAMapping
+
+        outer = self._adapters._last_mapping
+        mapping = LoRAMapping((adapter,) * tokens, (adapter,), is_prefill=True)
+        self._adapters.set_adapter_mapping(mapping)
+        try:
+            yield
+        finally:
+            if outer is not None:
+                self._adapters.set_adapter_mapping(outer)
 
     def _common(self, positions: Tensor, slots: Tensor, block_ids: Tensor) -> Any:
         from vllm.v1.attention.backend import CommonAttentionMetadata

@@ -69,7 +69,11 @@ class SchedulerHalf:
             return 0, False
         if match.shared and not state.approximate:
             self._set_apart(request, state, match)
-        return found, self._background
+        return found, self._loads_between(request)
+
+    def _loads_between(self, request: Any) -> bool:
+        # vLLM has an adapter at hand only for requests of the running batch.
+        return self._background and request.lora_request is None
 
     def _state(self, request: Any) -> RequestState:
         if request.request_id not in self._requests:
@@ -126,7 +130,8 @@ class SchedulerHalf:
                 match.tokens - promised,
                 tuple(block_ids[: -(-match.tokens // self._block_size)]),
                 state.tokens[: match.tokens],
-                self._background,
+                self._loads_between(request),
+                request.lora_request.lora_int_id if request.lora_request else 0,
             )
         )
 
