@@ -14,7 +14,7 @@ from typing import Protocol
 
 __all__ = ["CLIENTS", "KEYS", "Client", "LmClient", "PlainClient", "connected", "receive"]
 
-# Values per connection and size: more than any processor cache holds, from 1 MiB on.
+# Values per connection and size; as many for every server, so that processor caches favour none of them.
 KEYS = 4
 _TIMEOUT = 120.0
 

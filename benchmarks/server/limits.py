@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -14,32 +17,59 @@ from benchmarks.server.throughput import MIB
 
 __all__ = ["idle_connections", "resident_memory"]
 
-_SIZE = 4 * MIB
+_FORK = multiprocessing.get_context("fork")
+_WRITERS = 4
+_SIZES = {"4 MiB": (4 * MIB,), "256 KiB to 16 MiB": (MIB // 4, MIB, 4 * MIB, 16 * MIB)}
 _SETTLE = 2.0
-_PATIENCE = 60.0
 
 
-def resident_memory(capacities: tuple[int, ...]) -> tuple[str, float]:
-    """A table, and the largest share of its capacity that a daemon had in memory, its start included."""
-    rows, worst = [], 0.0
+def resident_memory(capacities: tuple[int, ...]) -> tuple[str, dict[str, float]]:
+    """A table, and the largest shares of its capacity that a daemon held: in all, and above its start."""
+    rows, whole, grown = [], [], []
     for capacity in capacities:
-        with ours(f"cpu://?capacity={capacity}") as server:
-            start, peak = resident(server.pid), _written(server, 5 * capacity)
-        worst = max(worst, peak / capacity)
-        rows.append([_mib(capacity), _mib(start), _mib(peak), _mib(peak - start), f"{peak / capacity:.2f}"])
-    columns = ["capacity", "at start", "peak", "peak above start", "peak / capacity"]
-    return table(columns, rows), worst
+        for what, sizes in _SIZES.items():
+            with ours(f"cpu://?capacity={capacity}") as server:
+                start, peak = resident(server.pid), _written(server, 5 * capacity, sizes)
+            whole.append(peak / capacity)
+            grown.append((peak - start) / capacity)
+            shares = f"{whole[-1]:.2f}", f"{grown[-1]:.2f}"
+            rows.append([_mib(capacity), what, _mib(start), _mib(peak), _mib(peak - start), *shares])
+    columns = [
+        "capacity",
+        "objects",
+        "at start",
+        "peak",
+        "above start",
+        "peak / capacity",
+        "above / capacity",
+    ]
+    return table(columns, rows), {"resident memory": max(whole), "memory above start": max(grown)}
 
 
-def _written(server: Server, nbytes: int) -> int:
-    value = memoryview(bytearray(_SIZE))
-    client = LmClient(server.port, 0)
+def _written(server: Server, nbytes: int, sizes: tuple[int, ...]) -> int:
+    """The most memory that was seen while several clients wrote `nbytes` together."""
+    share = nbytes // _WRITERS
+    writers = [_FORK.Process(target=_write, args=(server.port, n, share, sizes)) for n in range(_WRITERS)]
     with Watch(server.pid) as watch:
-        for number in range(nbytes // _SIZE):
-            client.put(number, value)
-            client.settle(number, _SIZE)
-    client.close()
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+    if any(writer.exitcode for writer in writers):
+        raise RuntimeError("a client failed while it wrote")
     return watch.peak
+
+
+def _write(port: int, number: int, nbytes: int, sizes: tuple[int, ...]) -> None:
+    client, chosen = LmClient(port, number), random.Random(number)
+    value = memoryview(bytearray(max(sizes)))
+    for key in itertools.count():
+        size = chosen.choice(sizes)
+        client.put(key, value[:size])
+        client.settle(key, size)
+        nbytes -= size
+        if nbytes <= 0:
+            return
 
 
 def idle_connections(count: int, halves: int) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -32,8 +33,8 @@ def main(rounds: int, ports: dict[str, int]) -> None:
     found: dict[str, dict[str, list[float]]] = {name: {} for name in ports}
     for turn in range(rounds + 1):
         for size in _SIZES:
-            for name, connector in connectors.items():
-                for operation, seconds in _calls(connector, loop, backend, size).items():
+            for name in random.Random(f"{turn} {size}").sample(list(connectors), len(connectors)):
+                for operation, seconds in _calls(connectors[name], loop, backend, size).items():
                     if turn:
                         found[name].setdefault(f"{operation} {size}", []).extend(seconds)
     print(json.dumps(found))
