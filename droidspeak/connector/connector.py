@@ -172,11 +172,15 @@ class Connector:
         return self._of_others(question, sender)
 
     def load(self, match: Match, device: torch.device | str = "cpu") -> LayerStream:
-        """Starts loading `match`; tensors land on `device`. Raises `UsageError` if it has no chunks."""
+        """Starts loading this shard of `match`; tensors land on `device`.
+
+        Raises:
+            UsageError: a match without chunks.
+        """
         options = self.options
         return LayerStream(
             self.store,
-            match,
+            match.of_shard(options.shard),
             device=torch.device(device),
             loaders=options.loaders,
             deadline=options.load_deadline,

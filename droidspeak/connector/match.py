@@ -71,6 +71,14 @@ class Match:
             return self
         return replace(self, exact=self.exact[:count]) if count else self.without_chunks(Reason.E_MISSING)
 
+    def of_shard(self, shard: str) -> Match:
+        """The same chunks as another tensor-parallel rank holds them: one rank looks up for all."""
+
+        def renamed(info: ChunkInfo) -> ChunkInfo:
+            return replace(info, key=replace(info.key, shard=shard))
+
+        return replace(self, exact=tuple(map(renamed, self.exact)), shared=tuple(map(renamed, self.shared)))
+
     def without_chunks(self, reason: Reason) -> Match:
         """The match of a prompt that is prefilled after all, because of `reason`."""
         return replace(self, reason=reason, exact=(), shared=(), plan=None, source=None, policy=None)

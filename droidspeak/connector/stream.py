@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -129,6 +129,17 @@ class LayerStream:
         k, v = Slot.kv([layer])
         self._wait([k, v])
         return self._place(k), self._place(v)
+
+    def ready(self, layers: Collection[int], e_layers: Collection[int] = (), *, timeout: float = 0.0) -> bool:
+        """Whether `kv` of all `layers` and `e` of all `e_layers` return, or raise, without waiting.
+
+        Args:
+            timeout: seconds to wait until it is so.
+        """
+        slots = [*Slot.kv(layers), *(Slot(SlotKind.E, layer) for layer in e_layers)]
+        with self._changed:
+            patience = min(timeout, self._seconds_left())
+            return self._changed.wait_for(lambda: self._settled(slots), patience) or not self._seconds_left()
 
     def close(self) -> None:
         """Stops loading. Reads under way end on their own, into memory that nobody else gets."""

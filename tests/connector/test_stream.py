@@ -21,7 +21,7 @@ from droidspeak.errors import (
     UsageError,
 )
 from droidspeak.layerselect import Plan, Policy, PolicySet
-from droidspeak.storage import Chunk, Slot, SlotKind
+from droidspeak.storage import Chunk, ChunkKey, Slot, SlotKind
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.wrappers import FaultyTier, fail, short
 
@@ -127,6 +127,22 @@ def test_a_shard_holds_its_heads_alone():
         assert torch.equal(k, rows(half, Slot(SlotKind.K, 1), 5 * SIZE))
 
 
+def test_one_rank_looks_up_for_all():
+    store = memory()
+    for rank in range(2):
+        shard = f"{rank}of2"
+        for key in keys_of(ME, IDS):
+            tensors = {
+                slot: torch.full((SIZE, HEADS // 2, DIM), float(rank)) for slot in Slot.kv(range(LAYERS))
+            }
+            store.write(Chunk.encode(ChunkKey(key.source, shard, key.prefix), tensors))
+    first, second = (sharing(store, shard=f"{rank}of2") for rank in range(2))
+    match = first.lookup(IDS, ME)
+    for rank, connector in enumerate((first, second)):
+        with connector.load(match) as stream:
+            assert all(bool((rows == rank).all()) for layer in range(LAYERS) for rows in stream.kv(layer))
+
+
 def test_what_is_loaded_is_the_requests_own():
     store = memory()
     fill(store, ME, IDS)
@@ -210,6 +226,36 @@ def test_a_layer_can_be_had_while_later_ones_are_blocked():
             assert done.wait(5)
             waiting.join()
     assert stream.wait_seconds >= 0.05
+
+
+def test_whether_a_layer_can_be_had_without_waiting():
+    gate = threading.Event()
+
+    def before(_key, slots):
+        if Slot(SlotKind.K, 3) in slots:
+            gate.wait(10)
+
+    store = WatchedTier(memory(), before=before)
+    fill(store, SENDER, IDS, E_LAYERS)
+    with opened(store, "1-1", loaders=1) as stream:
+        assert stream.ready([0, 2], [1], timeout=5)
+        assert not stream.ready([3])
+        assert not stream.ready([0, 3], timeout=0.001)
+        gate.set()
+        assert stream.ready([3], timeout=5)
+        assert stream.ready([])
+
+
+def test_what_has_failed_or_is_late_need_not_be_waited_for():
+    gate = threading.Event()
+    store = WatchedTier(memory(), before=lambda *_: gate.wait(10))
+    fill(store, SENDER, IDS)
+    with opened(store, load_deadline=0.05) as stream:
+        assert stream.ready([0], timeout=5)
+        with pytest.raises(LoadFailed, match="deadline"):
+            stream.kv(0)
+        assert stream.ready([3])
+        gate.set()
 
 
 def test_several_loaders_read_at_the_same_time():

@@ -65,7 +65,7 @@ class Answer:
         cached: prompt tokens that vLLM counts as not computed.
         told: the response's `kv_transfer_params["droidspeak"]`.
         finish: vLLM's reason.
-        steps: of the engine, until all requests that were asked together had ended.
+        steps: of the engine, until it had ended.
     """
 
     tokens: list[int]
@@ -73,7 +73,7 @@ class Answer:
     cached: int
     told: dict[str, Any]
     finish: str
-    steps: int = 0
+    steps: int
 
     @property
     def status(self) -> tuple[str, str]:
@@ -86,6 +86,7 @@ class _Engine:
 
         self._llm = LLM(**arguments)
         self._count = 0
+        self._adapters: dict[str, int] = {}
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Runs until all have ended."""
@@ -100,16 +101,14 @@ class _Engine:
                 self._add(name, waiting.pop(name))
             for output in engine.step():
                 if output.finished:
-                    answers[output.request_id] = _answer(output)
+                    answers[output.request_id] = _answer(output, steps)
             steps += 1
             for name, request in zip(names, requests, strict=True):
                 if request.abort == steps:
                     engine.abort_request([name])
-                    answers[name] = Answer([], [], 0, {}, "given up")
+                    answers[name] = Answer([], [], 0, {}, "given up", steps)
             if steps > _TOO_MANY:
                 raise RuntimeError(f"{steps} steps, and no end")
-        for answer in answers.values():
-            answer.steps = steps
         return [answers[name] for name in names]
 
     def _add(self, name: str, request: Request) -> None:
@@ -130,7 +129,8 @@ class _Engine:
             given["cache_salt"] = request.salt
         lora = None
         if request.lora is not None:
-            lora = LoRARequest(os.path.basename(request.lora), 1 + hash(request.lora) % 1000, request.lora)
+            number = self._adapters.setdefault(request.lora, len(self._adapters) + 1)
+            lora = LoRARequest(os.path.basename(request.lora), number, request.lora)
         self._llm.llm_engine.add_request(name, given, sampling, lora_request=lora)
 
     def forget(self) -> bool:
@@ -138,19 +138,17 @@ class _Engine:
 
     def preemptions(self) -> int:
         return sum(
-            int(metric.value)
-            for metric in self._llm.get_metrics()
-            if metric.name == "vllm:num_preemptions"
+            int(metric.value) for metric in self._llm.get_metrics() if metric.name == "vllm:num_preemptions"
         )
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-_TOO_MANY = 2000
+_TOO_MANY = 20_000
 
 
-def _answer(output: Any) -> Answer:
+def _answer(output: Any, steps: int) -> Answer:
     (choice,) = output.outputs
     return Answer(
         list(choice.token_ids),
@@ -158,6 +156,7 @@ def _answer(output: Any) -> Answer:
         output.num_cached_tokens,
         (output.kv_transfer_params or {}).get("droidspeak", {}),
         str(choice.finish_reason),
+        steps,
     )
 
 
@@ -199,9 +198,7 @@ def _register_models() -> None:
         ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
-def _become_engine(
-    address: str, log: str, environment: dict[str, str], arguments: dict[str, Any]
-) -> None:
+def _become_engine(address: str, log: str, environment: dict[str, str], arguments: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -73,10 +73,11 @@ class Engine:
         return text in self.log.read_text()
 
     def close(self) -> None:
-        """Ends the engine, after it has saved what it was saving."""
+        """Ends the engine, after it has saved what it was saving. Calling it twice is fine."""
+        if self._connection.closed:
+            return
         try:
-            if not self._connection.closed:
-                self._call("close")
+            self._call("close")
         finally:
             self._connection.close()
             with suppress(ProcessLookupError):

@@ -77,8 +77,11 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-def keys_of(source: SourceManifest, token_ids: Sequence[int], size: int, salt: str = "") -> list[ChunkKey]:
-    return [ChunkKey(source.source_id, "0of1", link) for link in PrefixHasher(size, salt).hashes(token_ids)]
+def keys_of(
+    source: SourceManifest, token_ids: Sequence[int], size: int, salt: str = "", shard: str = "0of1"
+) -> list[ChunkKey]:
+    """Of all whole chunks of a prompt."""
+    return [ChunkKey(source.source_id, shard, link) for link in PrefixHasher(size, salt).hashes(token_ids)]
 
 
 def renamed(manifest: SourceManifest, name: str) -> SourceManifest:
@@ -99,16 +102,19 @@ def write_plan(
 
 
 def store_prefill(
-    tier: Tier, folder: Path, source: SourceManifest, token_ids: Sequence[int], size: int, *, e: bool = True
+    tier: Tier, folder: Path, source: SourceManifest, token_ids: Sequence[int], size: int, *, ranks: int = 1
 ) -> None:
-    """Stores the whole chunks that the model of `folder` prefills, with `e` that of all layers, as `source`'s."""
+    """Stores the whole chunks that the model of `folder` prefills, with E of all layers, as `source`'s."""
     prefix = capture(load(folder), torch.tensor(token_ids), range(LAYERS))
-    connector = Connector(tier, _EveryLayer(), ConnectorOptions(chunk_size=size))
-    session = connector.save(token_ids, source, e_layers=None if e else ())
-    for layer, (k, v) in enumerate(prefix.layers):
-        session.put(layer, k, v, prefix.inputs[layer])
-    assert session.finish(wait=True) == len(token_ids) // size
-    connector.close()
+    for rank in range(ranks):
+        options = ConnectorOptions(chunk_size=size, shard=f"{rank}of{ranks}")
+        connector = Connector(tier, _EveryLayer(), options)
+        session = connector.save(token_ids, source)
+        for layer, pair in enumerate(prefix.layers):
+            k, v = (rows.chunk(ranks, dim=1)[rank] for rows in pair)
+            session.put(layer, k, v, prefix.inputs[layer])
+        assert session.finish(wait=True) == len(token_ids) // size
+        connector.close()
 
 
 class _EveryLayer:
@@ -120,14 +126,14 @@ class _EveryLayer:
 
 
 def stored(
-    tier: Tier, source: SourceManifest, token_ids: Sequence[int], size: int, e_layers: Iterable[int] = ()
+    tier: Tier, keys: Iterable[ChunkKey], e_layers: Iterable[int] = (), *, layers: int = LAYERS
 ) -> PrefixKV:
-    """The rows of all whole chunks of a prompt that a store holds of `source`."""
-    slots = [*Slot.kv(range(source.architecture.layers)), *(Slot(SlotKind.E, layer) for layer in e_layers)]
-    chunks = [tier.read(key, slots) for key in keys_of(source, token_ids, size)]
+    """All rows of these chunks."""
+    slots = [*Slot.kv(range(layers)), *(Slot(SlotKind.E, layer) for layer in e_layers)]
+    chunks = [tier.read(key, slots) for key in keys]
     rows = {slot: torch.cat([chunk.tensor(slot) for chunk in chunks if chunk]) for slot in slots}
-    layers = [(rows[k], rows[v]) for k, v in (Slot.kv([n]) for n in range(source.architecture.layers))]
-    return PrefixKV(layers, {slot.layer: rows[slot] for slot in slots if slot.kind is SlotKind.E})
+    pairs = [(rows[k], rows[v]) for k, v in (Slot.kv([layer]) for layer in range(layers))]
+    return PrefixKV(pairs, {slot.layer: rows[slot] for slot in slots if slot.kind is SlotKind.E})
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,8 @@ def door(
 def assert_near(mine: PrefixKV, right: PrefixKV, near: float = NEAR) -> None:
     """K, V and E of the tokens that both have, and E of the same layers."""
     assert mine.inputs.keys() == right.inputs.keys()
-    pairs = [pair for one, other in zip(mine.layers, right.layers, strict=True) for pair in zip(one, other)]
+    layers = zip(mine.layers, right.layers, strict=True)
+    pairs = [pair for one, other in layers for pair in zip(one, other, strict=True)]
     pairs += [(mine.inputs[layer], right.inputs[layer]) for layer in mine.inputs]
     for one, other in pairs:
         torch.testing.assert_close(one, other[: len(one)], rtol=0, atol=near)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from droidspeak.integrations.transformers import capture
+
 from .engines import Request
 from .models import assert_near, keys_of, load, prompt, stored, write_plan
 
@@ -22,7 +23,12 @@ def policies(tmp_path_factory, manifests) -> str:
 def engine(start, folders, disk, policies):
     """A sender that prefills in pieces of 128 tokens."""
     return start(
-        folders[0], role="kv_producer", e_layers=E_LAYERS, tiers=[disk.url], chunk_size=SIZE, policies=policies
+        folders[0],
+        role="kv_producer",
+        e_layers=E_LAYERS,
+        tiers=[disk.url],
+        chunk_size=SIZE,
+        policies=policies,
     )
 
 
@@ -38,7 +44,7 @@ def test_whole_chunks_with_e(engine, folders, manifests, disk, length):
     keys = keys_of(manifests[0], ids, SIZE)
     assert len(keys) == length // SIZE
     disk.wait(keys)
-    assert_near(stored(disk.tier, manifests[0], ids, SIZE, E_LAYERS), right(folders[0], ids))
+    assert_near(stored(disk.tier, keys_of(manifests[0], ids, SIZE), E_LAYERS), right(folders[0], ids))
 
 
 def test_nothing_but_whole_chunks_of_the_prompt(engine, manifests, disk):
@@ -55,7 +61,7 @@ def test_what_the_engine_had_in_its_own_prefix_cache(engine, folders, manifests,
     (answer,) = engine.ask(Request(ids))
     assert (first.cached, answer.cached) == (0, 160)
     disk.wait(keys_of(manifests[0], ids, SIZE))
-    assert_near(stored(disk.tier, manifests[0], ids, SIZE, E_LAYERS), right(folders[0], ids))
+    assert_near(stored(disk.tier, keys_of(manifests[0], ids, SIZE), E_LAYERS), right(folders[0], ids))
 
 
 def test_requests_that_are_prefilled_together(engine, folders, manifests, disk):
@@ -63,7 +69,7 @@ def test_requests_that_are_prefilled_together(engine, folders, manifests, disk):
     engine.ask(*(Request(ids, at=at) for at, ids in enumerate(prompts)))
     for ids in prompts:
         disk.wait(keys_of(manifests[0], ids, SIZE))
-        assert_near(stored(disk.tier, manifests[0], ids, SIZE, E_LAYERS), right(folders[0], ids))
+        assert_near(stored(disk.tier, keys_of(manifests[0], ids, SIZE), E_LAYERS), right(folders[0], ids))
 
 
 @pytest.mark.parametrize("captured", [(), (3,)])
@@ -80,7 +86,12 @@ def test_a_sender_that_captures_less(start, folders, manifests, disk, policies, 
         engine.ask(Request(ids))
     keys = keys_of(manifests[0], ids, SIZE)
     assert [disk.tier.head(key).e_layers for key in keys] == [captured] * 3
-    assert_near(stored(disk.tier, manifests[0], ids, SIZE, captured), right(folders[0], ids, captured))
+    assert_near(
+        stored(disk.tier, keys_of(manifests[0], ids, SIZE), captured), right(folders[0], ids, captured)
+    )
+    with start(folders[1], tiers=[disk.url], chunk_size=SIZE, policies=policies) as engine:
+        (answer,) = engine.ask(Request(ids))
+    assert (answer.status, answer.cached) == (("fallback_reprefill", "e_missing"), 0)
 
 
 def test_e_of_chunks_that_were_loaded_is_never_made_up(start, folders, manifests, disk, policies):
@@ -101,5 +112,5 @@ def test_e_of_chunks_that_were_loaded_is_never_made_up(start, folders, manifests
         disk.wait(keys_of(sender, late, SIZE))
     assert loaded.status == ("applied", "exact_hit")
     assert again.status == ("fallback_reprefill", "e_missing")
-    assert_near(stored(disk.tier, sender, early, SIZE, E_LAYERS), right(folders[0], early))
+    assert_near(stored(disk.tier, keys_of(sender, early, SIZE), E_LAYERS), right(folders[0], early))
     assert not disk.keys() & set(keys_of(sender, lost, SIZE))

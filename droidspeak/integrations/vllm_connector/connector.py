@@ -70,6 +70,7 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
             loads=transfer.is_kv_consumer,
             captured=captured_layers(vllm_config),
             background=settings.vllm.load == "async",
+            mixes_adapters=vllm_config.lora_config is not None and _on_cpu(),
         )
 
     @property
@@ -133,8 +134,8 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         self._hands.save(self._step_orders())
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
-        return None, self._hands.finished() or None
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._hands.finished(finished_req_ids) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._hands.broken_blocks()
@@ -171,6 +172,12 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 def _options(settings: Settings, shard: str) -> ConnectorOptions:
     return replace(settings.connector_options, shard=shard, maps=False)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _rank() -> int:

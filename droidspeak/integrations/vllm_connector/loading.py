@@ -42,11 +42,6 @@ class Loading:
         self._cursor = self._begin
 
     @property
-    def fresh(self) -> bool:
-        """Whether `advance` has not been called yet."""
-        return self._cursor == self._begin and len(self._left) == len(self._plan.loaded)
-
-    @property
     def recomputes(self) -> bool:
         """Whether there is anything to recompute."""
         return bool(self._plan.groups) and self.order.match.shared_tokens > 0
@@ -78,13 +73,24 @@ class Loading:
             for start in range(self._begin, self.order.end, prefill.budget):
                 self._run(prefill, group, start, min(start + prefill.budget, self.order.end))
 
+    def ready(self, timeout: float) -> bool:
+        """Whether `advance` would not wait; gives it `timeout` seconds to become so."""
+        if not self._recomputing:
+            return self.stream.ready(self._left[:1], timeout=timeout)
+        needed = [layer for group in self._plan.groups for layer in group if self.order.first < self._exact]
+        return self.stream.ready(needed, self._plan.transition_layers, timeout=timeout)
+
     def advance(self, prefill: PartialPrefill | None) -> bool:
         """Does the next piece of work, at most one forward's; whether there is more."""
-        if self.recomputes and prefill is not None and self._cursor < self.order.end:
+        if self._recomputing and prefill is not None:
             self._advance_recompute(prefill)
         elif self._left:
             self.deliver(self._left[0])
-        return bool(self._left) or (self.recomputes and self._cursor < self.order.end)
+        return bool(self._left) or self._recomputing
+
+    @property
+    def _recomputing(self) -> bool:
+        return self.recomputes and self._cursor < self.order.end
 
     def _advance_recompute(self, prefill: PartialPrefill) -> None:
         # All groups of one piece: a later group's layers attend only to their own earlier rows.

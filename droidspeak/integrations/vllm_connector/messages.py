@@ -79,10 +79,13 @@ class LoadReport:
 
     def merged(self, other: LoadReport) -> LoadReport:
         """Of both workers together."""
+        failures = [failure for failure in (self.failure, other.failure) if failure is not None]
+        # A rank that stops because another one failed says `store_unavailable`: the other knows more.
+        failures.sort(key=lambda failure: failure is Reason.STORE_UNAVAILABLE)
         return LoadReport(
             self.bytes_loaded + other.bytes_loaded,
             max(self.wait_seconds, other.wait_seconds),
-            self.failure or other.failure,
+            failures[0] if failures else None,
         )
 
 

@@ -73,6 +73,8 @@ class RequestState:
         looked_up: when that was, on the monotonic clock.
         ordered: its chunks are being loaded, or have been.
         approximate: another model's KV is in its blocks, so nothing of it is exact from there on.
+        adapter: its LoRA in vLLM's numbers, 0 for none.
+        doubtful: it may have been computed with another request's adapter.
         failure: a load failed; the request asks for no other one.
         block_ids: of its tokens from 0 on.
         saved: leading chunks that need no saving any more.
@@ -86,6 +88,8 @@ class RequestState:
     looked_up: float = 0.0
     ordered: bool = False
     approximate: bool = False
+    adapter: int = 0
+    doubtful: bool = False
     failure: Reason | None = None
     report: LoadReport = field(default_factory=lambda: LoadReport(0, 0.0))
     block_ids: list[int] = field(default_factory=list)

@@ -35,6 +35,8 @@ class SchedulerHalf:
         saves, loads: which of both this engine does.
         captured: layers whose E it captures.
         background: load between steps; requests wait, and the others go on.
+        mixes_adapters: requests without an adapter cannot be trusted in a batch with others (vLLM's CPU
+            kernels read another request's adapter for them).
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class SchedulerHalf:
         loads: bool,
         captured: Collection[int],
         background: bool,
+        mixes_adapters: bool,
     ) -> None:
         self._connector, self._identities = connector, identities
         self._block_size, self._requirement, self._salt = block_size, requirement, salt
         self._saves, self._loads, self._background = saves, loads, background
         self._captured = frozenset(captured)
+        self._mixes_adapters = mixes_adapters
         self._requests: dict[str, RequestState] = {}
         self._orders: list[LoadOrder] = []
         self.cache_manager: Any = None
@@ -83,6 +87,7 @@ class SchedulerHalf:
                 # Tenants of the engine are tenants of the store.
                 "\0".join(filter(None, (self._salt, request.cache_salt))),
                 tuple(request.prompt_token_ids or ()),
+                adapter=request.lora_request.lora_int_id if request.lora_request else 0,
             )
         return self._requests[request.request_id]
 
@@ -138,8 +143,17 @@ class SchedulerHalf:
     def orders(self, step: Any) -> StepOrders:
         """What the workers do in `step`."""
         loads, self._orders = self._orders, []
+        if self._mixes_adapters:
+            self._doubt_mixed(step)
         saves = list(self._saves_of(step)) if self._saves else []
         return StepOrders(loads, saves)
+
+    def _doubt_mixed(self, step: Any) -> None:
+        known = (self._requests.get(request_id) for request_id in step.num_scheduled_tokens)
+        batch = [state for state in known if state is not None]
+        if any(state.adapter for state in batch):
+            for state in batch:
+                state.doubtful |= not state.adapter
 
     def _saves_of(self, step: Any) -> Iterable[SaveOrder]:
         for new in step.scheduled_new_reqs:
@@ -173,7 +187,7 @@ class SchedulerHalf:
 
     @staticmethod
     def _may_save(state: RequestState) -> bool:
-        return state.options.save and not state.approximate
+        return state.options.save and not (state.approximate or state.doubtful)
 
     def ended(self, reports: Reports | None, broken_blocks: set[int]) -> None:
         """How loads ended, and blocks whose content is wrong."""

@@ -11,7 +11,7 @@ anew, and what this step made of them is thrown away.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ __all__ = ["WorkerHalf"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_PATIENCE = 0.002  # seconds that a step waits for a load between steps: without, an idle engine would spin
 
 
 class WorkerHalf:
@@ -141,11 +143,15 @@ class WorkerHalf:
                 loading.deliver(layer)
 
     def _advance(self) -> None:
-        if not self._background:
+        patience = _PATIENCE
+        for loading in self._background:
+            if self._agree(loading.ready(patience)):
+                break
+            patience = 0.0
+        else:
             return
-        loading = self._background[0]
         with self._failing(loading):
-            if loading.fresh:
+            if loading.recomputes:
                 self._together(loading.await_recompute)
             if not self._together(lambda: self._piece(loading)):
                 self._end(loading)
@@ -174,8 +180,14 @@ class WorkerHalf:
         for loading in list(self._now):
             self._end(loading)
 
-    def finished(self) -> set[str]:
-        """Requests whose load between steps has ended since the last call, well or not."""
+    def finished(self, over: Collection[str]) -> set[str]:
+        """Requests whose load between steps has ended since the last call, well or not.
+
+        Args:
+            over: requests that are over; of those given up while they were loaded, vLLM gets the blocks back.
+        """
+        for loading in [loading for loading in self._background if loading.order.request_id in over]:
+            self._end(loading)
         received, self._received = self._received, set()
         return received
 
