@@ -35,7 +35,17 @@ from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, UsageError
 from droidspeak.storage.codecs import as_bytes, get_codec
 from droidspeak.storage.keys import ChunkKey
 
-__all__ = ["Chunk", "ChunkHeader", "Slot", "SlotKind", "SlotRecord", "checksum", "coalesce", "place"]
+__all__ = [
+    "STORED_DTYPES",
+    "Chunk",
+    "ChunkHeader",
+    "Slot",
+    "SlotKind",
+    "SlotRecord",
+    "checksum",
+    "coalesce",
+    "place",
+]
 
 FORMAT = "droidspeak-chunk-1"
 MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -52,6 +62,8 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+STORED_DTYPES = frozenset(_DTYPES.values())
+"""Dtypes of tensors that the format knows."""
 
 
 class SlotKind(StrEnum):

@@ -19,7 +19,7 @@ from droidspeak.errors import ConfigError
 from droidspeak.integrations.server.daemon import Daemon
 
 from .certificates import self_signed
-from .wireclient import PUT, UINT8, WireClient, daemon_process, frame, put_frame, wait_until
+from .wireclient import WireClient, daemon_process, frame, put_frame, wait_until
 
 MIB = 1 << 20
 KEY = b"org/model@1@0@1f@bfloat16"
@@ -110,22 +110,6 @@ def test_slow_readers_hold_no_more_than_the_budget():
         wait_until(lambda: running.state.in_flight() == 0, "the budget")
 
 
-def test_a_put_over_the_budget_is_thrown_away_and_the_connection_goes_on():
-    limits = {"max_object": 4 * MIB, "in_flight": 4 * MIB, "stall_timeout": 0.3, "header_timeout": 0.3}
-    with (
-        daemon(**limits) as running,
-        WireClient(running.ports["lm"]) as slow,
-        WireClient(running.ports["lm"]) as client,
-    ):
-        slow.send(frame(PUT, b"slow", length=4 * MIB, dtype=UINT8, shape=(4 * MIB,)) + b"0")
-        wait_until(lambda: running.state.in_flight() == 4 * MIB, "the budget")
-        client.put(KEY, b"12")
-        client.exist(KEY)
-        wait_until(lambda: running.state.counters.get("closed", "stalled") == 1, "the stalled one")
-        client.put(KEY, b"34")
-        assert client.get(KEY) == b"34"
-
-
 def test_draining_lets_a_request_end_and_waits_for_no_other():
     running = daemon(drain_timeout=30.0)
     running.start()
@@ -185,6 +169,16 @@ def test_a_port_that_is_taken_is_told_in_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             daemon(listen=f"127.0.0.1:{port}").start()
+
+
+def test_a_start_that_fails_leaves_no_port_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
+        free, busy = other.getsockname()[1], taken.getsockname()[1]
+        other.close()
+        tenants = {"acme": {"tiers": ["cpu://"], "listen": f"127.0.0.1:{busy}"}}
+        with pytest.raises(ConfigError, match="Address already in use"):
+            daemon(listen=f"127.0.0.1:{free}", tenants=tenants).start()
+        socket.create_server(("127.0.0.1", free)).close()
 
 
 def test_the_process_says_where_it_listens_and_ends_at_sigterm(tmp_path):

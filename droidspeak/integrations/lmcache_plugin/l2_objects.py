@@ -22,24 +22,13 @@ from lmcache.v1.memory_management import MemoryObj
 
 from droidspeak.errors import UsageError
 from droidspeak.storage import Chunk, ChunkHeader, ChunkKey, Slot
+from droidspeak.storage.container import STORED_DTYPES
 from droidspeak.storage.objects import NAME_LABEL, object_chunk, object_key, object_slot, object_slots
 
 __all__ = ["Layout", "chunk_key", "chunk_of", "memory_of", "object_named_by"]
 
 ORIGIN = "lmcache-l2"
 _LAYOUT_LABEL = "layout"
-# What the container keeps under its own name; every other dtype is kept as bytes.
-_KEPT = frozenset(
-    {
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-        torch.float64,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.uint8,
-    }
-)
 
 
 def chunk_key(key: ObjectKey) -> ChunkKey:
@@ -109,7 +98,7 @@ class Layout:
     @property
     def told_by_slot(self) -> bool:
         """Whether the slot's own dtype and shape are all of the layout."""
-        return len(self.parts) == 1 and self.parts[0][0] in _KEPT
+        return len(self.parts) == 1 and self.parts[0][0] in STORED_DTYPES
 
     def fits(self, header: ChunkHeader) -> bool:
         """Whether the chunk holds an object of this layout."""
@@ -123,7 +112,7 @@ class Layout:
         """
         cut = torch.split(memory, self.sizes)
         return {
-            slot: part.view(dtype).view(shape) if dtype in _KEPT else part
+            slot: part.view(dtype).view(shape) if dtype in STORED_DTYPES else part
             for slot, part, (dtype, shape) in zip(self.slots, cut, self.parts, strict=True)
         }
 

@@ -21,23 +21,13 @@ from typing import Any
 import torch
 
 from droidspeak.storage import ChunkKey, Slot
-from droidspeak.storage.container import SlotRecord
+from droidspeak.storage.container import STORED_DTYPES, SlotRecord
 from droidspeak.storage.objects import object_key, object_slots
 
 __all__ = ["LAYOUT_LABEL", "Expected", "Layout", "Naming", "layer_of", "lend", "tensors"]
 
 LAYOUT_LABEL = "lmcache"
 _ORIGIN = "lmcache"
-# Other dtypes are kept as bytes: the container's format does not know them.
-_STORED_AS_THEY_ARE = {
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-    torch.float64,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.uint8,
-}
 Part = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -209,7 +199,7 @@ def tensors(view: memoryview, layout: Layout) -> list[torch.Tensor]:
 
 
 def _stored(part: Part) -> Part:
-    return part if part[0] in _STORED_AS_THEY_ARE else (torch.uint8, (_nbytes(part),))
+    return part if part[0] in STORED_DTYPES else (torch.uint8, (_nbytes(part),))
 
 
 def _nbytes(part: Part) -> int:

@@ -41,7 +41,6 @@ class Daemon:
         self.addresses: dict[str, Address] = {}
         self._settings = settings
         self.state = DaemonState(settings, {})
-        self._budget = self.state.budget
         self._buffers = Buffers()
         self._crowd = Crowd(settings.server.max_connections, self.state.counters)
         self._listeners: list[Listener] = []
@@ -63,9 +62,11 @@ class Daemon:
         server = self._settings.server
         self.state.stores = _open_stores(self._settings, undo)
         self.state.connections = lambda: self._crowd.size
-        self.state.in_flight = lambda: self._budget.held
         self._drain, self._draining = os.pipe()
         undo.callback(os.close, self._drain)
+        # Closing the writing end makes the reading one readable, for all who wait.
+        undo.callback(self._close_listeners)
+        undo.callback(os.close, self._draining)
         channel = partial(
             Channel,
             tick=min(server.header_timeout, server.stall_timeout, server.idle_timeout or math.inf),
@@ -75,9 +76,6 @@ class Daemon:
             listener = Listener(address, partial(self._serve, tenant), self._crowd, self._drain, channel)
             self._listeners.append(listener)
             self.addresses[name] = listener.address
-        # Closing the writing end makes the reading one readable, for all who wait.
-        undo.callback(self._close_listeners)
-        undo.callback(os.close, self._draining)
         if server.http:
             self._open_http(server.http, undo)
         for listener in self._listeners:
@@ -106,7 +104,7 @@ class Daemon:
             settings=self._settings.server,
             codec=self._settings.codec,
             counters=self.state.counters,
-            budget=self._budget,
+            budget=self.state.budget,
             buffers=self._buffers,
         ).run()
 

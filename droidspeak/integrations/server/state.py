@@ -25,8 +25,7 @@ class DaemonState:
             `received_bytes`, `sent_bytes`, `connections`.
         ready: set while requests are served; cleared when the daemon drains.
         connections: open `lm://` connections now.
-        in_flight: bytes of payloads that are being received or sent now.
-        budget: of those bytes, for both sides together.
+        budget: of bytes of payloads under way, for both sides together.
     """
 
     settings: Settings
@@ -34,8 +33,11 @@ class DaemonState:
     counters: Counters = field(default_factory=Counters)
     ready: threading.Event = field(default_factory=threading.Event)
     connections: Callable[[], int] = lambda: 0
-    in_flight: Callable[[], int] = lambda: 0
     budget: BytesBudget = field(init=False)
 
     def __post_init__(self) -> None:
         self.budget = BytesBudget(self.settings.server.in_flight)
+
+    def in_flight(self) -> int:
+        """Bytes of payloads that are being received or sent now."""
+        return self.budget.held

@@ -71,6 +71,8 @@ class RequestState:
         tokens: of the prompt.
         match: the last lookup's, `None` before there was one.
         looked_up: when that was, on the monotonic clock.
+        admitted: vLLM has given it blocks; until then it waits.
+        covered: vLLM's own prefix cache held all that the match has.
         ordered: its chunks are being loaded, or have been.
         approximate: another model's KV is in its blocks, so nothing of it is exact from there on.
         adapter: its LoRA in vLLM's numbers, 0 for none.
@@ -86,6 +88,8 @@ class RequestState:
     tokens: tuple[int, ...]
     match: Match | None = None
     looked_up: float = 0.0
+    admitted: bool = False
+    covered: bool = False
     ordered: bool = False
     approximate: bool = False
     adapter: int = 0
@@ -109,8 +113,8 @@ class RequestState:
         if not match:
             return Outcome(match.reason, len(self.tokens))
         if not self.ordered:
-            # vLLM's own prefix cache had it all.
-            return Outcome(Reason.EXACT_HIT, len(self.tokens))
+            # One that was given up before it was admitted has used nothing.
+            return Outcome(Reason.EXACT_HIT if self.covered else Reason.MISS, len(self.tokens))
         return Outcome(
             match.reason,
             len(self.tokens),

@@ -69,7 +69,8 @@ class SchedulerHalf:
             return 0, False
         match = self._look_up(state)
         found = match.tokens - computed
-        if found <= 0:
+        state.covered = found <= 0
+        if state.covered:
             return 0, False
         if match.shared and not state.approximate:
             self._set_apart(request, state, match)
@@ -81,8 +82,12 @@ class SchedulerHalf:
 
     def _state(self, request: Any) -> RequestState:
         if request.request_id not in self._requests:
+            options = RequestOptions.of(request.kv_transfer_params)
+            if request.skip_reading_prefix_cache:
+                # It wants logits of the whole prompt: vLLM loads nothing for it, whatever is promised.
+                options = options.model_copy(update={"load": False})
             self._requests[request.request_id] = RequestState(
-                RequestOptions.of(request.kv_transfer_params),
+                options,
                 self._identities.manifest(request.lora_request),
                 # Tenants of the engine are tenants of the store.
                 "\0".join(filter(None, (self._salt, request.cache_salt))),
@@ -94,7 +99,7 @@ class SchedulerHalf:
     def _look_up(self, state: RequestState) -> Match:
         now = time.monotonic()
         if state.match is None or now - state.looked_up > _LOOKUP_SECONDS:
-            waiting = sum(not other.ordered for other in self._requests.values()) - 1
+            waiting = sum(not other.admitted for other in self._requests.values()) - 1
             match = self._connector.lookup(
                 state.tokens,
                 state.source,
@@ -124,7 +129,10 @@ class SchedulerHalf:
     def allocated(self, request: Any, block_ids: list[int], promised: int) -> None:
         """The blocks of a request; `promised` tokens of them are to be loaded."""
         state = self._requests.get(request.request_id)
-        if state is None or promised == 0 or state.match is None:
+        if state is None:
+            return
+        state.admitted = True
+        if promised == 0 or state.match is None:
             return
         match = state.match
         state.ordered = True
