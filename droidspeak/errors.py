@@ -16,6 +16,8 @@ DroidSpeakError
 │   ├── TierUnavailable (OSError)       the tier cannot be reached, read or written
 │   ├── TierTimeout (TimeoutError)      the tier did not answer before its deadline
 │   └── TierFull                        no room, and nothing may be evicted
+├── NotFound (LookupError)              what the caller named is not there
+├── Declined                            a change that needs a yes did not get one
 └── LoadFailed                          a layer stream that cannot go on; carries the `reason`
 """
 
@@ -25,12 +27,14 @@ __all__ = [
     "ChunkCorrupt",
     "ChunkIncomplete",
     "ConfigError",
+    "Declined",
     "DroidSpeakError",
     "IdentityError",
     "Incompatible",
     "LoadFailed",
     "MapsUnusable",
     "MissingExtra",
+    "NotFound",
     "PolicyError",
     "PromptError",
     "StorageError",
@@ -112,6 +116,14 @@ class TierTimeout(StorageError, TimeoutError):
 
 class TierFull(StorageError):
     """No room for the chunk, and nothing that may be evicted."""
+
+
+class NotFound(DroidSpeakError, LookupError):
+    """What the caller named is not there."""
+
+
+class Declined(DroidSpeakError):
+    """A change that needs a yes was answered with no, or there is nobody to ask."""
 
 
 class LoadFailed(DroidSpeakError):

@@ -115,6 +115,8 @@ TREE = {
     "TierUnavailable": ("StorageError", "OSError"),
     "TierTimeout": ("StorageError", "TimeoutError"),
     "TierFull": ("StorageError",),
+    "NotFound": ("DroidSpeakError", "LookupError"),
+    "Declined": ("DroidSpeakError",),
     "LoadFailed": ("DroidSpeakError",),
 }
 

@@ -27,7 +27,7 @@ import torch
 from droidspeak.storage.container import Chunk, Slot
 from droidspeak.storage.keys import ChunkKey
 
-__all__ = ["ChunkInfo", "Tier", "TierUsage"]
+__all__ = ["ChunkInfo", "ChunkRecord", "Tier", "TierUsage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,23 @@ class ChunkInfo:
     def held_by(self, tier: str) -> ChunkInfo:
         """The same, of the tier called `tier`."""
         return ChunkInfo(self.key, self.tokens, self.nbytes, self.e_layers, self.codec, tier)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecord:
+    """A row of an inventory; `None` stands for what a tier does not know.
+
+    Attributes:
+        created, used: of the write and the last use, in ns since the epoch.
+        hits: uses that the eviction policy remembers.
+        pinned: whether it is kept from eviction.
+    """
+
+    info: ChunkInfo
+    created: int | None = None
+    used: int | None = None
+    hits: int | None = None
+    pinned: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +134,11 @@ class Tier(ABC):
     @abstractmethod
     def keys(self) -> Iterator[ChunkKey]:
         """All keys, in no order."""
+
+    def records(self) -> Iterator[ChunkRecord]:
+        """An inventory, in no order, as it is found; chunks may come and go meanwhile."""
+        infos = (self.head(key) for key in self.keys())
+        return (ChunkRecord(info) for info in infos if info)
 
     @abstractmethod
     def usage(self) -> TierUsage:

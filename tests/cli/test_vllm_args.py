@@ -140,7 +140,7 @@ def test_paths_are_whole(policies, monkeypatch):
 
 def test_json(models, policies):
     arguments = ["--role", "sender", "--model", models["coder"], "--policies", policies]
-    content = json.loads(run(*arguments, "--json").stdout)
+    content = json.loads(run(*arguments, "--format", "json").stdout)
     assert set(content) == {"version", "flags", "kv_transfer_config", "speculative_config", "dtype"}
     assert (content["version"], content["dtype"]) == (1, "float32")
     assert content["flags"] == [word for pair in flags(*arguments).items() for word in pair]

@@ -49,7 +49,7 @@ def free_port() -> int:
 
 def flags(*arguments: object) -> list[str]:
     """As `droidspeak vllm-args ARGUMENTS` prints them."""
-    command = [sys.executable, "-m", "droidspeak", "vllm-args", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "droidspeak", "vllm-args", *map(str, arguments), "--format", "json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT)
     return list(json.loads(done.stdout)["flags"])
 

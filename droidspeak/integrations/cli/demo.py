@@ -19,7 +19,7 @@ from droidspeak import __version__
 from droidspeak.errors import ConfigError, DroidSpeakError, UsageError
 from droidspeak.integrations.cli.demo_task import TIMING, Task
 from droidspeak.integrations.cli.machine import machine
-from droidspeak.integrations.cli.output import Format, note, progress, show_json, show_table
+from droidspeak.integrations.cli.output import Format, FormatOption, note, progress, show_document, show_table
 from droidspeak.layerselect import Plan
 from droidspeak.layerselect.artifact import Side, read_artifact
 from droidspeak.prompts import load_prompts
@@ -59,7 +59,7 @@ def demo(
         Path | None, typer.Option(help="Keep the cache in this folder (else a temporary one).")
     ] = None,
     timing: Annotated[bool, typer.Option(help="Also time a model of 16 layers with random weights.")] = True,
-    format: Annotated[Format, typer.Option(help="Table for people, JSON for programs.")] = Format.TABLE,
+    format: FormatOption = Format.TABLE,
 ) -> None:
     """Share a KV cache between two fine-tuned models and see what it costs and saves.
 
@@ -89,10 +89,7 @@ def demo(
             "machine": machine(),
             **_run(task, folder, timing),
         }
-    if format is Format.JSON:
-        show_json(report)
-    else:
-        _show(report)
+    show_document(format, report, lambda: _show(report))
 
 
 def _own_task(sender: Path, receiver: Path, prompts: Path, folder: Path) -> Task:

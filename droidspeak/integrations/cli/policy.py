@@ -11,7 +11,7 @@ import typer
 
 from droidspeak.connector.layout import RowLayout
 from droidspeak.errors import ConfigError, PolicyError, UsageError
-from droidspeak.integrations.cli.output import Format, note, show_json, show_table
+from droidspeak.integrations.cli.output import Format, FormatOption, note, show_document, show_table
 from droidspeak.layerselect import (
     Costs,
     Plan,
@@ -31,28 +31,22 @@ __all__ = ["app"]
 app = typer.Typer(name="policy", help="Look at policy files.", no_args_is_help=True)
 
 _File = Annotated[Path, typer.Argument(help="Policy file.")]
-_Format = Annotated[Format, typer.Option(help="Table for people, JSON for programs.")]
 _WIDEST = 60
 # Two profiles of one pair always differ in these.
 _NEVER_COMPARED = {"digest", "created"}
 
 
 @app.command()
-def show(file: _File, format: _Format = Format.TABLE) -> None:
+def show(file: _File, format: FormatOption = Format.TABLE) -> None:
     """Show a policy: whom it is for, how it was found, and its plans."""
     artifact = read_artifact(file)
-    if format is Format.JSON:
-        show_json(artifact.model_dump(mode="json"))
-        return
-    show_table(_pair(artifact), [""], [[f"{name:<10} {text}"] for name, text in _facts(artifact)])
-    rows = [_point_row(point, artifact.layers) for point in artifact.frontier]
-    columns = ["plan", "layers", "quality", "95 %", "KL", "agreement", "worst prompt"]
-    show_table("\nFrontier", columns, rows)
+    show_document(format, artifact.model_dump(mode="json"), lambda: _show_policy(artifact))
 
 
 @app.command("list")
 def list_(
-    folder: Annotated[Path, typer.Argument(help="Folder of policy files.")], format: _Format = Format.TABLE
+    folder: Annotated[Path, typer.Argument(help="Folder of policy files.")],
+    format: FormatOption = Format.TABLE,
 ) -> None:
     """List the policies that an engine with this folder would follow, and the files that it refuses."""
     policies = PolicySet.from_folder(folder)
@@ -60,14 +54,12 @@ def list_(
     files = sorted(path for path in folder.glob("[!.]*.json") if path not in refused)
     found = [(path, read_artifact(path)) for path in files]
     rows = [_summary(path, artifact, policies) for path, artifact in found]
-    if format is Format.JSON:
-        bad = [{"file": path.name, "reason": reason} for path, reason in refused.items()]
-        show_json({"version": 1, "policies": rows, "refused": bad})
-        return
+    bad = [{"file": path.name, "reason": reason} for path, reason in refused.items()]
     columns = ["file", "pair", "layers", "plans", "plan at 0.95", "maps", "made", "state"]
     table = [[_text(value) for value in row.values()] for row in rows]
     table += [[path.name, *[""] * 6, "refused"] for path in refused]
-    show_table(str(folder), columns, table)
+    content = {"version": 1, "policies": rows, "refused": bad}
+    show_document(format, content, lambda: show_table(str(folder), columns, table))
 
 
 @app.command("choose")
@@ -84,7 +76,7 @@ def choose_(
     ] = None,
     sender: Annotated[Path | None, typer.Option(help="Refuse unless this is the policy's sender.")] = None,
     receiver: Annotated[Path | None, typer.Option(help="The same for the receiver.")] = None,
-    format: _Format = Format.TABLE,
+    format: FormatOption = Format.TABLE,
 ) -> None:
     """Show which plan a request would get, and what time to first token each plan is predicted to take."""
     artifact = read_artifact(file)
@@ -106,10 +98,8 @@ def choose_(
         }
         for point in policy.frontier
     ]
-    if format is Format.JSON:
-        show_json({"version": 1, "chosen": None if chosen is None else str(chosen), "points": points})
-        return
-    _show_choice(artifact, policy, chosen, points)
+    content = {"version": 1, "chosen": None if chosen is None else str(chosen), "points": points}
+    show_document(format, content, lambda: _show_choice(artifact, policy, chosen, points))
 
 
 @app.command()
@@ -117,7 +107,7 @@ def diff(
     one: Annotated[Path, typer.Argument(help="Policy file.")],
     other: Annotated[Path, typer.Argument(help="Policy file to compare it with.")],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 if they differ.")] = False,
-    format: _Format = Format.TABLE,
+    format: FormatOption = Format.TABLE,
 ) -> None:
     """Show what differs between two policies: pair, plans, measures, costs, maps, prompts, versions."""
     parts = [dict(_leaves(_comparable(read_artifact(path)))) for path in (one, other)]
@@ -127,17 +117,20 @@ def diff(
         for name in names
         if parts[0].get(name) != parts[1].get(name)
     ]
-    if format is Format.JSON:
-        show_json({"version": 1, "same": not changes, "changes": changes})
-    elif changes:
-        show_table("", ["field", one.name, other.name], [[_text(v) for v in row.values()] for row in changes])
-    else:
-        note("no difference")
+    content = {"version": 1, "same": not changes, "changes": changes}
+    show_document(format, content, lambda: _show_changes(one, other, changes))
     if changes and exit_code:
         raise typer.Exit(1)
 
 
 # --- show and list ---
+
+
+def _show_policy(artifact: Artifact) -> None:
+    show_table(_pair(artifact), [""], [[f"{name:<10} {text}"] for name, text in _facts(artifact)])
+    rows = [_point_row(point, artifact.layers) for point in artifact.frontier]
+    columns = ["plan", "layers", "quality", "95 %", "KL", "agreement", "worst prompt"]
+    show_table("\nFrontier", columns, rows)
 
 
 def _pair(artifact: Artifact) -> str:
@@ -261,6 +254,13 @@ def _show_choice(
 
 
 # --- diff ---
+
+
+def _show_changes(one: Path, other: Path, changes: list[dict[str, Any]]) -> None:
+    if changes:
+        show_table("", ["field", one.name, other.name], [[_text(v) for v in row.values()] for row in changes])
+    else:
+        note("no difference")
 
 
 def _comparable(artifact: Artifact) -> dict[str, Any]:

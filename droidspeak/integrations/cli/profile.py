@@ -18,7 +18,7 @@ import typer
 from droidspeak import __version__
 from droidspeak.errors import UsageError
 from droidspeak.integrations.cli.machine import machine
-from droidspeak.integrations.cli.output import Format, note, progress, show_json, show_table
+from droidspeak.integrations.cli.output import Format, FormatOption, note, progress, show_document, show_table
 from droidspeak.integrations.cli.report import import_parts, write_report
 from droidspeak.integrations.cli.workers import workers
 from droidspeak.integrations.transformers.profiling import Observe, PairJob
@@ -57,7 +57,7 @@ def profile(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker.")] = None,
     device: Annotated[str, typer.Option(help="Where workers put their models, such as cuda.")] = "cpu",
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; local starts one.")] = None,
-    format: Annotated[Format, typer.Option(help="Table for people, JSON for programs.")] = Format.TABLE,
+    format: FormatOption = Format.TABLE,
 ) -> None:
     """Profile an ordered pair: which layers must the receiver recompute over the sender's cache?
 
@@ -80,10 +80,7 @@ def profile(
     found = profile_pair(job, out, count=workers, ray_address=ray, report=report)
     for warning in found.warnings:
         note(f"warning: {warning}")
-    if format is Format.JSON:
-        show_json(_summary(found, out))
-    else:
-        _show(found, out)
+    show_document(format, _summary(found, out), lambda: _show(found, out))
 
 
 def profile_pair(

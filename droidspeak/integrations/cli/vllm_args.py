@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from droidspeak.integrations.cli.output import note, show_json
+from droidspeak.integrations.cli.output import Format, FormatOption, note, show_document
 from droidspeak.integrations.vllm_connector.arguments import EngineArguments, Role, engine_arguments
 from droidspeak.storage import SourceManifest
 
@@ -31,7 +31,7 @@ def vllm_args(
     load: Annotated[
         Literal["sync", "async"] | None, typer.Option(help="Load within engine steps, or between them.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    format: FormatOption = Format.TABLE,
 ) -> None:
     """Print flags for `vllm serve` or `python -m vllm.entrypoints.openai.api_server`, quoted for a shell.
 
@@ -40,10 +40,7 @@ def vllm_args(
     manifest = None if model is None else SourceManifest.from_folder(model)
     extra = _extra(policies=policies, tier=tier, config=config, chunk_size=chunk_size, load=load)
     arguments = engine_arguments(role, extra, manifest)
-    if json:
-        show_json(_content(arguments))
-    else:
-        print(shlex.join(arguments.flags))
+    show_document(format, _content(arguments), lambda: print(shlex.join(arguments.flags)))
     _remark(arguments, model)
 
 
