@@ -5,7 +5,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: help demo test test-vllm check format lab bench bench-quality bench-server bench-vllm clean
+.PHONY: help demo test test-vllm check format lab bench bench-quality bench-server bench-metrics bench-store bench-vllm clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -68,6 +68,15 @@ bench-quality: .venv/dev
 bench-server: .venv/dev
 	command -v redis-server || .ci/packages redis-server
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.server
+
+## make bench-metrics  measure what counting costs, and write docs/benchmarks/metrics.md
+bench-metrics: .venv/dev
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.metrics
+
+## make bench-store  measure the store's command line over a million chunks, and write docs/benchmarks/store.md
+bench-store: .venv/dev
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.storecli
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.verify
 
 ## make bench-vllm  measure the vLLM door, and write docs/benchmarks/vllm.md
 bench-vllm: .venv-vllm/ready

@@ -12,11 +12,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from droidspeak.config.settings import Settings, load_settings, open_store
 from droidspeak.errors import ConfigError
-from droidspeak.storage import TieredStore
+
+if TYPE_CHECKING:
+    from droidspeak.storage.tiered import TieredStore
 
 __all__ = ["open_store_from", "release_store", "settings_from"]
 

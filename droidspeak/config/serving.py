@@ -25,6 +25,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_settings import NoDecode
 
 from droidspeak.errors import ConfigError
 from droidspeak.storage.urls import parse_size
@@ -77,8 +78,9 @@ def _size(value: Any) -> int:
     return size
 
 
-ListenAddress = Annotated[Address, BeforeValidator(_address)]
-Size = Annotated[int, BeforeValidator(_size)]
+# In the environment it is the text itself, not JSON.
+ListenAddress = Annotated[Address, NoDecode, BeforeValidator(_address, json_schema_input_type=Address | str)]
+Size = Annotated[int, BeforeValidator(_size, json_schema_input_type=int | str)]
 TierList = Annotated[tuple[str | dict[str, Any], ...], Field(min_length=1)]
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -25,13 +25,18 @@ from pydantic_settings import (
 )
 
 from droidspeak.config.serving import ServerSettings
-from droidspeak.connector import ConnectorOptions
+from droidspeak.connector.options import ConnectorOptions
 from droidspeak.errors import ConfigError, UsageError
 from droidspeak.layerselect import PolicySet, Requirement
 from droidspeak.layerselect.drift import DriftOptions
-from droidspeak.storage import DEFAULT_CHUNK_SIZE, Limits, TieredStore, WriteBackOptions, cache_folder
+from droidspeak.storage.digests import cache_folder
+from droidspeak.storage.guard import Limits
+from droidspeak.storage.keys import DEFAULT_CHUNK_SIZE
 from droidspeak.storage.tier import Tier
 from droidspeak.storage.urls import open_tier_late, parse_size
+
+if TYPE_CHECKING:
+    from droidspeak.storage.tiered import TieredStore
 
 __all__ = ["Settings", "load_settings", "open_policies", "open_store", "open_tiers"]
 
@@ -90,6 +95,8 @@ class Settings(BaseSettings):
         slo: seconds until the first token that leave time to recompute more; the fastest plan if `None`.
         load_deadline: seconds until a request stops waiting for the store.
         loaders: threads per request that read and decode.
+        degrees: tensor-parallel degrees of other engines whose chunks are read too.
+        report_interval: seconds between the reports that an engine leaves beside the store; 0 for none.
         promote: copy what slower tiers gave into faster ones.
         write_queue: bytes that may wait in front of each slower tier.
         limits: per tier name.
@@ -114,6 +121,8 @@ class Settings(BaseSettings):
     slo: float | None = Field(None, gt=0, allow_inf_nan=False)
     load_deadline: float = Field(30.0, gt=0)
     loaders: int = Field(2, gt=0, le=64)
+    degrees: tuple[int, ...] = (1, 2, 4, 8)
+    report_interval: float = Field(5.0, ge=0, allow_inf_nan=False)
     promote: bool = True
     write_queue: str | int = "1GiB"
     limits: dict[str, LimitSettings] = {}
@@ -145,6 +154,8 @@ class Settings(BaseSettings):
             codec=self.codec,
             load_deadline=self.load_deadline,
             loaders=self.loaders,
+            degrees=self.degrees,
+            report_interval=self.report_interval,
         )
 
     @property
@@ -168,8 +179,8 @@ class _FileSource(PydanticBaseSettingsSource):
         return None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        path = _FILE.get() or os.environ.get("DROIDSPEAK_CONFIG")
-        return _read_yaml(Path(path)) if path else {}
+        path = configuration_file(_FILE.get())
+        return read_yaml(path) if path else {}
 
 
 def load_settings(file: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
@@ -216,6 +227,9 @@ def open_tiers(settings: Settings, tiers: Sequence[str | dict[str, Any]], name: 
 def _store(
     settings: Settings, tiers: Sequence[Tier], limits: Mapping[str, LimitSettings], name: str = "store"
 ) -> TieredStore:
+    # Imported where it is opened: who reads the configuration only does not wait for torch.
+    from droidspeak.storage.tiered import TieredStore, WriteBackOptions
+
     return TieredStore(
         tiers,
         limits={name: Limits(**limit.model_dump()) for name, limit in limits.items()},
@@ -242,7 +256,14 @@ def _check(settings: Settings) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def configuration_file(file: Path | str | None = None) -> Path | None:
+    """The file that settings are read from: the one that is given, else that of `DROIDSPEAK_CONFIG`."""
+    path = file or os.environ.get("DROIDSPEAK_CONFIG")
+    return Path(path) if path else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a configuration file says. Raises `ConfigError`."""
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:

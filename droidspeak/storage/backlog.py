@@ -55,6 +55,11 @@ class Backlog(Generic[T]):
         """Bytes of what waits or is under way."""
         return self._bytes
 
+    @property
+    def capacity(self) -> int:
+        """The most of it."""
+        return self._capacity
+
     def add(self, key: ChunkKey, item: T, nbytes: int, timeout: float) -> bool:
         """Takes `item`, in the place of one that waits under `key`.
 

@@ -16,26 +16,35 @@ go over a second connection and, thanks to WAL, never wait for a change.
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from droidspeak.errors import TierUnavailable
 from droidspeak.storage.catalogfile import SCHEMA, damaged, move_aside, open_catalog, open_read_only, usable
 from droidspeak.storage.eviction import Entry, Ledger
 from droidspeak.storage.keys import ChunkKey, SourceId
-from droidspeak.storage.tier import ChunkInfo, TierUsage
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, SlotBytes, TierUsage
+
+if TYPE_CHECKING:
+    from droidspeak.storage.selection import Selection
 
 __all__ = ["Catalog", "CatalogRow", "PendingWrite"]
 
 _BATCH = 500
 _PAGE = 1000
-_Row = tuple[str, int, int, str, str, int]
+_Row = Sequence[Any]
+
+# Every lookup of an engine reads the columns of the first line, and pays for more.
+_BRIEF = "key, tokens, nbytes, e_layers, codec, salt"
+_INFO = f"{_BRIEF}, header_bytes, k_bytes, v_bytes, e_bytes"
+_RECORD = f"{_INFO}, created, used, hits, pinned"
 
 _PUT = """
     INSERT INTO chunks (key, nbytes, queue, place, hits, pinned) VALUES (?, ?, ?, ?, ?, ?)
@@ -151,20 +160,26 @@ class Catalog(Ledger):
         """The row of `key`."""
         text = str(key)
         row = self._rows([text]).get(text)
-        return CatalogRow(_info(key, row), row[5]) if row else None
+        return CatalogRow(_info(key, row), row[6]) if row else None
+
+    def rows(self, keys: Collection[ChunkKey]) -> dict[ChunkKey, CatalogRow]:
+        """The rows of those of some hundred `keys` that have one."""
+        rows = self._rows([str(key) for key in keys])
+        held = ((key, rows.get(str(key))) for key in keys)
+        return {key: CatalogRow(_info(key, row), row[6]) for key, row in held if row}
 
     def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
-        """Infos of the longest run of `keys`, from the first, without a gap."""
+        """Infos of the longest run of `keys`, from the first, without a gap; bytes by kind are left out."""
         found: list[ChunkInfo] = []
         # Most runs are short: batches grow, so that a miss at the start costs one small question.
         start, size = 0, 16
         while start < len(keys):
             batch = [(str(key), key) for key in keys[start : start + size]]
-            rows = self._rows([text for text, _ in batch])
+            rows = self._rows([text for text, _ in batch], _BRIEF)
             for text, key in batch:
                 if text not in rows:
                     return found
-                found.append(_info(key, rows[text]))
+                found.append(_brief(key, rows[text]))
             start, size = start + size, min(4 * size, _BATCH)
         return found
 
@@ -175,15 +190,46 @@ class Catalog(Ledger):
             yield from (ChunkKey.parse(key) for (key,) in page)
             after = page[-1][0]
 
+    def select(self, selection: Selection, tier: str) -> Iterator[ChunkRecord]:
+        """The records that `selection` asks for, as of the tier called `tier`.
+
+        They come page by page; no snapshot is held in between. An order is made in a table of its own.
+        """
+        with self._guarded(), closing(self._scanner()) as scanner:
+            pages = _in_order if selection.sort else _by_key
+            for row in pages(scanner, selection, tier):
+                yield _record(row, tier)
+
+    def slot_bytes(self) -> dict[SourceId, SlotBytes]:
+        """Bytes per source model and kind. Looks at every row."""
+        sums = "SELECT total(k_bytes), total(v_bytes), total(e_bytes) FROM chunks WHERE key >= ? AND key < ?"
+        with self._guarded(), closing(self._scanner()) as scanner:
+            return {
+                source: SlotBytes(*map(int, scanner.execute(sums, (source, f"{source}g")).fetchone()))
+                for source in self.sources()
+            }
+
+    def _scanner(self) -> sqlite3.Connection:
+        """A connection for long questions, in front of which no short one shall wait."""
+        return open_read_only(self._path) if self._reader is self._writer else open_catalog(self._path)
+
     def describe(self, info: ChunkInfo, header_bytes: int, created: int) -> None:
         """Fills in the row of an admitted chunk; `created` is in ns since the epoch."""
         layers = ",".join(map(str, info.e_layers))
-        values = (info.tokens, header_bytes, layers, info.codec, created, created, str(info.key))
+        slots = info.slots or (None, None, None)
+        values = (info.tokens, header_bytes, layers, info.codec, info.salt, *slots, created, created)
         self._change(
-            "UPDATE chunks SET tokens = ?, header_bytes = ?, e_layers = ?, codec = ?, created = ?, used = ?"
-            " WHERE key = ?",
+            "UPDATE chunks SET tokens = ?, header_bytes = ?, e_layers = ?, codec = ?, salt = ?, k_bytes = ?,"
+            " v_bytes = ?, e_bytes = ?, created = ?, used = ? WHERE key = ?",
             *values,
+            str(info.key),
         )
+
+    def is_as(self, record: ChunkRecord) -> bool:
+        """Whether the chunk is there and was not replaced, used, pinned or unpinned since it was listed."""
+        values = (str(record.info.key), record.info.nbytes, record.created, record.used, record.pinned)
+        same = "key = ? AND nbytes = ? AND created = ? AND used = ? AND pinned = ?"
+        return bool(self._change(f"SELECT 1 FROM chunks WHERE {same}", *values))
 
     def set_used(self, key: ChunkKey, used: int) -> None:
         """Notes the time of the last use, in ns since the epoch."""
@@ -205,7 +251,9 @@ class Catalog(Ledger):
     def usage(self) -> TierUsage:
         """Chunks and bytes of all that is readable."""
         chunks, nbytes = self._ask("SELECT total(chunks), total(nbytes) FROM totals")[0]
-        return TierUsage(int(chunks), int(nbytes))
+        # The index has only the pinned.
+        pinned = self._ask("SELECT total(nbytes) FROM chunks WHERE pinned = 1")[0][0]
+        return TierUsage(int(chunks), int(nbytes), pinned=int(pinned))
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
@@ -246,9 +294,8 @@ class Catalog(Ledger):
             self._reader.close()
             self._writer.close()
 
-    def _rows(self, keys: Collection[str]) -> dict[str, _Row]:
+    def _rows(self, keys: Collection[str], columns: str = _INFO) -> dict[str, _Row]:
         marks = ",".join("?" * len(keys))
-        columns = "key, tokens, nbytes, e_layers, codec, header_bytes"
         rows = self._ask(f"SELECT {columns} FROM chunks WHERE key IN ({marks})", *keys)
         return {row[0]: row for row in rows}
 
@@ -275,8 +322,45 @@ def _entry(row: tuple[str, int, str, int, int]) -> Entry:
     return Entry(ChunkKey.parse(key), nbytes, queue, hits, bool(pinned))
 
 
-def _info(key: ChunkKey, row: _Row) -> ChunkInfo:
-    return ChunkInfo(key, row[1], row[2], _layers(row[3]), row[4])
+def _info(key: ChunkKey, row: _Row, tier: str | None = None) -> ChunkInfo:
+    return ChunkInfo(key, row[1], row[2], _layers(row[3]), row[4], tier, row[5], _slots(*row[7:10]))
+
+
+def _brief(key: ChunkKey, row: _Row) -> ChunkInfo:
+    return ChunkInfo(key, row[1], row[2], _layers(row[3]), row[4], None, row[5])
+
+
+def _record(row: _Row, tier: str) -> ChunkRecord:
+    info = _info(ChunkKey.parse(row[0]), row, tier)
+    return ChunkRecord(info, row[10], row[11], row[12], bool(row[13]))
+
+
+def _by_key(scanner: sqlite3.Connection, selection: Selection, tier: str) -> Iterator[_Row]:
+    where, values = selection.sql(tier)
+    sql = f"SELECT {_RECORD} FROM chunks WHERE key > ? AND ({where}) ORDER BY key LIMIT ?"
+    after, left = "", sys.maxsize if selection.limit is None else selection.limit
+    while page := scanner.execute(sql, (after, *values, min(left, _PAGE))).fetchall():
+        yield from page
+        after, left = page[-1][0], left - len(page)
+
+
+def _in_order(scanner: sqlite3.Connection, selection: Selection, tier: str) -> Iterator[_Row]:
+    where, values = selection.sql(tier)
+    limit = -1 if selection.limit is None else selection.limit
+    scanner.execute("PRAGMA query_only = 0")  # it forbids tables of one's own too
+    scanner.execute(
+        f"CREATE TEMP TABLE listed AS SELECT {_RECORD} FROM chunks WHERE {where} LIMIT ?", (*values, limit)
+    )
+    after = 0
+    page = f"SELECT {_RECORD}, rowid FROM listed WHERE rowid > ? ORDER BY rowid LIMIT {_PAGE}"
+    while rows := scanner.execute(page, (after,)).fetchall():
+        yield from rows
+        after = rows[-1][-1]
+
+
+@lru_cache
+def _slots(k: int | None, v: int | None, e: int | None) -> SlotBytes | None:
+    return None if k is None or v is None or e is None else SlotBytes(k, v, e)
 
 
 @lru_cache

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
-
-import torch
-import zstandard
+from typing import TYPE_CHECKING, ClassVar
 
 from droidspeak.errors import ChunkCorrupt, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Codec", "RawCodec", "ZstdCodec", "as_bytes", "get_codec", "is_lossless"]
 
@@ -36,6 +36,8 @@ class Codec(ABC):
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat `uint8` view of a contiguous tensor."""
+    import torch  # in the functions: who only asks what codecs there are shall not wait for it
+
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -68,11 +70,17 @@ class ZstdCodec(Codec):
         self._level = level
 
     def encode(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+        import zstandard
+
         planes = as_bytes(tensor).view(-1, tensor.element_size()).t().contiguous()
         packed = zstandard.ZstdCompressor(level=self._level).compress(planes.numpy().data)
         return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
     def decode(self, stored: torch.Tensor, out: torch.Tensor) -> None:
+        import torch
+        import zstandard
+
         target = as_bytes(out)
         packed = stored.cpu().numpy().data
         try:

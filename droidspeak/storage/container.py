@@ -23,7 +23,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from json.encoder import encode_basestring_ascii as _quoted
 from operator import index
 from typing import Any
@@ -34,6 +34,7 @@ import xxhash
 from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, UsageError
 from droidspeak.storage.codecs import as_bytes, get_codec
 from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.tier import SlotBytes
 
 __all__ = [
     "STORED_DTYPES",
@@ -184,6 +185,14 @@ class ChunkHeader:
     def kv_layers(self) -> tuple[int, ...]:
         return tuple(slot.layer for slot in self.records if slot.kind is SlotKind.K)
 
+    @cached_property
+    def slot_bytes(self) -> SlotBytes:
+        """Stored bytes by kind."""
+        sums = dict.fromkeys(SlotKind, 0)
+        for slot, record in self.records.items():
+            sums[slot.kind] += record.end - record.start
+        return SlotBytes(sums[SlotKind.K], sums[SlotKind.V], sums[SlotKind.E])
+
     @property
     def codec(self) -> str:
         return next(iter(self.records.values())).codec if self.records else "raw"
@@ -201,9 +210,10 @@ class ChunkHeader:
     def expect(self, key: ChunkKey, nbytes: int | None = None) -> ChunkHeader:
         """Itself, if it is the header of `key` in an object of `nbytes`. Raises `ChunkCorrupt`."""
         if self.key != key:
-            raise ChunkCorrupt(f"object of {key} holds chunk {self.key}")
+            raise ChunkCorrupt(f"object of {key} holds chunk {self.key}", "wrong_key")
         if nbytes is not None and nbytes != self.nbytes:
-            raise ChunkCorrupt(f"chunk {key}: {nbytes} bytes instead of {self.nbytes}")
+            kind = "truncated" if nbytes < self.nbytes else "corrupt"
+            raise ChunkCorrupt(f"chunk {key}: {nbytes} bytes instead of {self.nbytes}", kind)
         return self
 
     def check(self, record: SlotRecord, stored: memoryview) -> None:
@@ -215,7 +225,7 @@ class ChunkHeader:
     def length(first_bytes: bytes) -> int:
         """Bytes of the whole header, from the object's first 8. Raises `ChunkCorrupt`."""
         if len(first_bytes) < 8:
-            raise ChunkCorrupt(f"object of {len(first_bytes)} bytes is no chunk")
+            raise ChunkCorrupt(f"object of {len(first_bytes)} bytes is no chunk", "truncated")
         size = int(struct.unpack_from("<Q", first_bytes)[0])
         if not len(_OPENING) + _DIGEST_WIDTH < size <= MAX_HEADER_BYTES:
             raise ChunkCorrupt(f"header length {size} is not believable")
@@ -226,7 +236,8 @@ class ChunkHeader:
         """The header in `data` (exactly its bytes). Raises `ChunkCorrupt` for anything else."""
         body = data[8:]
         if len(data) != cls.length(data) or not body.startswith(_OPENING):
-            raise ChunkCorrupt("header is cut short or not of this format")
+            kind = "truncated" if len(data) < cls.length(data) else "corrupt"
+            raise ChunkCorrupt("header is cut short or not of this format", kind)
         rest = body[len(_OPENING) + _DIGEST_WIDTH :]
         if _header_digest(rest) != body[len(_OPENING) : len(_OPENING) + _DIGEST_WIDTH]:
             raise ChunkCorrupt("header differs from its digest")
@@ -271,11 +282,15 @@ def _table_row(record: SlotRecord) -> str:
     return f'"{record.slot.name}":{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{offsets}]}}'
 
 
+# Chunks of one model have the same names, and every header that is read has some dozens of them.
+_slot = lru_cache(maxsize=4096)(Slot.parse)
+
+
 def _record(name: str, row: dict[str, Any], checksum: int, coded: list[Any] | None) -> SlotRecord:
     codec, dtype, shape = coded if coded else ("raw", row["dtype"], row["shape"])
     get_codec(codec)  # who does not know the codec cannot read the chunk
     shape, (start, end) = tuple(map(index, shape)), map(index, row["data_offsets"])
-    return SlotRecord(Slot.parse(name), _DTYPES[dtype], shape, codec, start, end, checksum)
+    return SlotRecord(_slot(name), _DTYPES[dtype], shape, codec, start, end, checksum)
 
 
 def _check_layout(records: Iterable[SlotRecord], tokens: int) -> None:

@@ -20,7 +20,7 @@ import os
 import re
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
@@ -184,8 +184,20 @@ class DaemonClient:
 
         self.call(exchange)
 
-    def json(self, method: str, path: str, value: Any = None, *, attempts: int = _ATTEMPTS) -> Any:
-        """The JSON that answers a request with the JSON `value`."""
+    def json(
+        self,
+        method: str,
+        path: str,
+        value: Any = None,
+        *,
+        attempts: int = _ATTEMPTS,
+        of_chunk: bool = False,
+    ) -> Any:
+        """The JSON that answers a request with the JSON `value`.
+
+        Args:
+            of_chunk: `path` is one of a chunk, which need not be there.
+        """
         body = None if value is None else json.dumps(value).encode()
         headers = {"Content-Type": "application/json"} if body else {}
 
@@ -193,28 +205,28 @@ class DaemonClient:
             with self.answer(method, path, headers=headers, body=body) as answer:
                 return answer.read(_JSON_BYTES)
 
-        with self._known(path):
+        with nullcontext() if of_chunk else self._known(path):
             data = self.call(exchange, attempts=attempts)
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
             self.foreign("no JSON")
 
-    def lines(self, path: str, query: str) -> Iterator[bytes]:
+    def lines(self, path: str, query: str, *, longest: int = _MESSAGE_BYTES) -> Iterator[bytes]:
         """The lines of an answer, on a connection of its own: who reads them may take a while."""
         with self._known(path), closing(self._connect()) as pool:
             try:
                 with self.answer("GET", path, query=query, pool=pool) as answer:
-                    yield from self._split(answer)
+                    yield from self._split(answer, longest)
             except HTTPError as error:
                 self._fail(error)
 
-    def _split(self, answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    def _split(self, answer: urllib3.BaseHTTPResponse, longest: int) -> Iterator[bytes]:
         rest = b""
         for piece in answer.stream(_MESSAGE_BYTES, decode_content=False):
             *lines, rest = (rest + piece).split(b"\n")
             yield from lines
-            if len(rest) > _MESSAGE_BYTES:
+            if len(rest) > longest:
                 self.foreign("a line without end")
         if rest:
             yield rest

@@ -4,6 +4,7 @@
     root/catalog.sqlite        index, see `droidspeak.storage.catalog`; made anew from the files if lost
     root/writers/              one locked file per process that has the folder open for writing
     root/quarantine/           the newest corrupt files
+    root/reports/NAME.json     what the engines that use it tell of themselves (`droidspeak.storage.reports`)
 
 Life of a write:
 
@@ -24,30 +25,34 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from itertools import count
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, StorageError, TierFull, TierUnavailable
 from droidspeak.storage.catalog import Catalog, PendingWrite
-from droidspeak.storage.chunkfile import (
+from droidspeak.storage.chunkfolder import (
     ChunkFolder,
-    HeaderCache,
     WriterMark,
     locked_folder,
     named,
     opened,
-    read_header,
-    read_slots,
     write_file,
 )
-from droidspeak.storage.container import Chunk, Slot
 from droidspeak.storage.eviction import EvictionPolicy, get_eviction
 from droidspeak.storage.keys import ChunkKey, SourceId
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.reports import ReportFolder
+from droidspeak.storage.selection import Selection
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, SlotBytes, Tier, TierUsage
+
+if TYPE_CHECKING:
+    import torch
+
+    from droidspeak.storage.chunkfile import ChunkReader
+    from droidspeak.storage.container import Chunk, Slot
+    from droidspeak.storage.reports import Fold
 
 __all__ = ["DiskTier"]
 
@@ -97,13 +102,13 @@ class DiskTier(Tier):
         self.name = name
         self.root = Path(root)
         self._folder = ChunkFolder(self.root)
+        self._reports = ReportFolder(self.root)
         self._writers = self.root / "writers"
         self.read_only = read_only
         self._capacity = capacity
         self._min_free = min_free
         self._policy = get_eviction(eviction) if isinstance(eviction, str) else eviction
-        self._headers = HeaderCache()
-        self._helper = ThreadPoolExecutor(1, f"droidspeak-read-{name}")
+        self._evicted = TierUsage(0, 0)
         self._touched: dict[ChunkKey, int] = {}
         self._touching = threading.Lock()
         self._flushed = time.monotonic()
@@ -114,6 +119,13 @@ class DiskTier(Tier):
             self._catalog = Catalog(self.root / "catalog.sqlite", read_only=True)
         else:
             self._open()
+
+    @cached_property
+    def _reader(self) -> ChunkReader:
+        # Who asks only what is there needs no tensors, and not the seconds that torch takes.
+        from droidspeak.storage.chunkfile import ChunkReader
+
+        return ChunkReader(self.name)
 
     def path(self, key: ChunkKey) -> Path:
         """Where the file of `key` is, or would be."""
@@ -129,9 +141,18 @@ class DiskTier(Tier):
     def keys(self) -> Iterator[ChunkKey]:
         return self._catalog.keys()
 
+    def records(self) -> Iterator[ChunkRecord]:
+        return self.select(Selection())
+
+    def select(self, selection: Selection) -> Iterator[ChunkRecord]:
+        return self._catalog.select(selection, self.name)
+
+    def slot_bytes(self) -> dict[SourceId, SlotBytes]:
+        return self._catalog.slot_bytes()
+
     def usage(self) -> TierUsage:
         held = self._catalog.usage()
-        return TierUsage(held.chunks, held.nbytes, self._capacity)
+        return TierUsage(held.chunks, held.nbytes, self._capacity, held.pinned)
 
     def sources(self) -> dict[SourceId, TierUsage]:
         """Chunks and bytes per source model; costs the same however many chunks there are."""
@@ -149,9 +170,7 @@ class DiskTier(Tier):
         path = self.path(key)
         with named(path):
             try:
-                with opened(path) as file:
-                    header = self._headers.get(file, key, row.header_bytes)
-                    chunk = read_slots(file, header, header.select(slots), into, self.best_read, self._helper)
+                chunk = self._reader.read(path, key, row.header_bytes, slots, into, self.best_read)
             except FileNotFoundError:
                 self._forget(key)
                 return None
@@ -233,6 +252,7 @@ class DiskTier(Tier):
             raise (_Crowded if crowded else TierFull)(self._why_full(size))
         # Files leave last: when the room cannot be made, nobody has left for nothing.
         self._unlink(victims)
+        self._evicted = self._evicted.plus(len(victims), freed)
 
     def _choose_victims(self, short: Callable[[int], bool]) -> tuple[list[ChunkKey], int]:
         """Takes rows out while `short` of the bytes freed so far; whose files must leave, and the bytes."""
@@ -297,6 +317,14 @@ class DiskTier(Tier):
             self.path(key).unlink(missing_ok=True)
             return self._catalog.remove(key)
 
+    def delete_unused(self, records: Sequence[ChunkRecord]) -> list[ChunkRecord]:
+        with self.exclusively() as catalog:
+            left = [record for record in records if catalog.is_as(record)]
+            for record in left:
+                catalog.remove(record.info.key)
+            self._unlink([record.info.key for record in left])
+        return left
+
     def evict(self, nbytes: int) -> int:
         if self.read_only:
             return 0
@@ -304,7 +332,11 @@ class DiskTier(Tier):
         with self._catalog.transaction(), named(self.root):
             victims, freed = self._choose_victims(lambda freed: freed < nbytes)
             self._unlink(victims)
+            self._evicted = self._evicted.plus(len(victims), freed)
         return freed
+
+    def evicted(self) -> TierUsage:
+        return self._evicted
 
     def pin(self, key: ChunkKey) -> bool:
         return self._set_pinned(key, True)
@@ -325,6 +357,29 @@ class DiskTier(Tier):
             self._catalog.remove(key)
             self._folder.quarantine(self.path(key), str(key).replace("/", "-"))
 
+    @contextmanager
+    def exclusively(self) -> Iterator[Catalog]:
+        """The catalog, while no other process can change it or the files. What is done inside is kept, or
+        none of it."""
+        self._writable()
+        with self._catalog.transaction(), named(self.root):
+            self._apply_touches()
+            yield self._catalog
+
+    def put_report(self, name: str, data: bytes) -> bool:
+        if self.read_only:
+            return False
+        self._writable()
+        self._reports.put(name, data)
+        return True
+
+    def reports(self) -> Iterator[tuple[str, bytes]]:
+        return self._reports.all()
+
+    def fold_reports(self, fold: Fold) -> None:
+        if not self.read_only:
+            self._reports.fold(fold)
+
     def rebuild(self) -> TierUsage:
         """Makes the catalog anew from the files and says what they are.
 
@@ -343,7 +398,8 @@ class DiskTier(Tier):
             self._mark.release()
             self._mark = None
         self._catalog.close()
-        self._helper.shutdown(wait=False)
+        if "_reader" in self.__dict__:
+            self._reader.close()
 
     def _writable(self) -> WriterMark:
         if self._mark is None:
@@ -372,7 +428,8 @@ class DiskTier(Tier):
                 self._settle_write(write)
         for path in self._writers.iterdir():
             if not WriterMark.alive(self._writers, path.name):
-                path.unlink()
+                # Its process may be closing at this moment.
+                path.unlink(missing_ok=True)
 
     def _is_over(self, write: PendingWrite) -> bool:
         if self._mark and write.writer == self._mark.writer:
@@ -384,7 +441,7 @@ class DiskTier(Tier):
         if temp.exists():
             temp.unlink()
         elif final.exists():
-            self._adopt(write.key, final)
+            self.adopt(write.key)
         self._catalog.end_write(write)
 
     def _scan(self) -> None:
@@ -398,17 +455,19 @@ class DiskTier(Tier):
                 path.unlink(missing_ok=True)
             return
         key = self._folder.key_at(path)
-        if key is None or not self._adopt(key, path):
+        if key is None or not self.adopt(key):
             self._folder.quarantine(path, path.stem)
 
-    def _adopt(self, key: ChunkKey, path: Path) -> bool:
-        """Records the file as `key` if it is that chunk, by header and length; whether it is."""
+    def adopt(self, key: ChunkKey) -> bool:
+        """Inside `exclusively`: records the file of `key` if it is that chunk, by header and length; whether
+        it is. A chunk that was recorded before keeps its pin."""
+        from droidspeak.storage.chunkfile import read_header
+
         try:
-            with opened(path) as file:
+            with opened(self.path(key)) as file:
                 header = read_header(file, key, _HEADER_GUESS)
                 created = os.fstat(file).st_mtime_ns
         except (ChunkCorrupt, OSError):
             return False
-        info = ChunkInfo(key, header.tokens, header.nbytes, header.e_layers, header.codec)
-        self._record(info, header.data_start, created)
+        self._record(ChunkInfo.of_header(header), header.data_start, created)
         return True

@@ -11,17 +11,23 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from droidspeak.errors import ConfigError, StorageError, TierFull, TierTimeout, TierUnavailable
 from droidspeak.storage.breaker import BreakerState, CircuitBreaker
 from droidspeak.storage.changes import Changes
-from droidspeak.storage.container import Chunk, Slot
 from droidspeak.storage.deadline import DeadlineThreads
-from droidspeak.storage.keys import ChunkKey
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.keys import ChunkKey, SourceId
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, SlotBytes, Tier, TierUsage
+
+if TYPE_CHECKING:
+    from droidspeak.storage.reports import Fold
+
+if TYPE_CHECKING:
+    import torch
+
+    from droidspeak.storage.container import Chunk, Slot
+    from droidspeak.storage.selection import Selection
 
 __all__ = ["GuardedTier", "Limits"]
 
@@ -133,6 +139,9 @@ class GuardedTier(Tier):
     def evict(self, nbytes: int) -> int:
         return self._run(self._writing, lambda: self.tier.evict(nbytes), self._limits.write_deadline)
 
+    def evicted(self) -> TierUsage:
+        return self.tier.evicted()
+
     def stamp(self, key: ChunkKey) -> int:
         """See `Changes.stamp`; of the changes made through this guard."""
         return self._changes.stamp(key)
@@ -148,12 +157,38 @@ class GuardedTier(Tier):
 
     def keys(self) -> Iterator[ChunkKey]:
         """The deadline is for a thousand keys."""
-        keys = self._question(self.tier.keys)
-        while batch := self._question(lambda: list(islice(keys, _KEYS_AT_ONCE))):
+        return self._in_batches(self.tier.keys)
+
+    def records(self) -> Iterator[ChunkRecord]:
+        """As `keys`."""
+        return self._in_batches(self.tier.records)
+
+    def select(self, selection: Selection) -> Iterator[ChunkRecord]:
+        """As `keys`."""
+        return self._in_batches(lambda: self.tier.select(selection))
+
+    def _in_batches(self, listing: Callable[[], Iterator[T]]) -> Iterator[T]:
+        rows = self._question(listing)
+        while batch := self._question(lambda: list(islice(rows, _KEYS_AT_ONCE))):
             yield from batch
+
+    def sources(self) -> dict[SourceId, TierUsage]:
+        return self._question(self.tier.sources)
+
+    def slot_bytes(self) -> dict[SourceId, SlotBytes]:
+        return self._question(self.tier.slot_bytes)
 
     def usage(self) -> TierUsage:
         return self._question(self.tier.usage)
+
+    def put_report(self, name: str, data: bytes) -> bool:
+        return self._run(self._writing, lambda: self.tier.put_report(name, data), self._limits.write_deadline)
+
+    def reports(self) -> Iterator[tuple[str, bytes]]:
+        return iter(self._question(lambda: list(self.tier.reports())))
+
+    def fold_reports(self, fold: Fold) -> None:
+        self._run(self._writing, lambda: self.tier.fold_reports(fold), self._limits.write_deadline)
 
     def close(self) -> None:
         """Closes the tier when its calls have ended; waits for that no longer than a write may take."""

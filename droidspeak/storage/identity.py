@@ -12,10 +12,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from droidspeak.errors import Incompatible, UnknownIdentity
 from droidspeak.storage.digests import cache_folder, canonical, read_json, tokenizer_digest, weights_digest
@@ -140,6 +139,8 @@ def _attention(text: Mapping[str, Any]) -> dict[str, Any]:
 def _dtype_name(dtype: Any) -> str:
     if dtype in (None, "auto"):
         raise UnknownIdentity("model configuration names no dtype: the cache's dtype is unknown")
+    import torch
+
     known = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(known, torch.dtype):
         raise UnknownIdentity(f"model configuration names the dtype {dtype!r}, which is unknown")
@@ -166,7 +167,7 @@ class SourceManifest:
         if not self.weights:
             raise UnknownIdentity("the weights have no digest: their cache can never be shared")
 
-    @property
+    @cached_property
     def source_id(self) -> SourceId:
         return SourceId(hashlib.sha256(canonical(dataclasses.asdict(self)).encode()).hexdigest())
 

@@ -18,22 +18,27 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NewType
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, NewType, TypeAlias, cast
 
 from droidspeak.errors import UsageError
 
-__all__ = ["DEFAULT_CHUNK_SIZE", "ChunkKey", "PrefixHasher", "SourceId", "TokenIds"]
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    TokenIds: TypeAlias = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
+else:
+    # Who names keys only, the command line above all, does without the seconds that torch takes.
+    TokenIds = Any
+
+__all__ = ["DEFAULT_CHUNK_SIZE", "ChunkKey", "PrefixHasher", "SourceId", "TokenIds", "salt_tag"]
 
 SourceId = NewType("SourceId", str)
 """SHA-256 (64 hex digits) of a `SourceManifest`."""
 
-TokenIds = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
-
 DEFAULT_CHUNK_SIZE = 256
 _SEED = b"droidspeak prefix 1"
+_TAG_SEED = b"droidspeak salt tag 1"
 _KEY = re.compile(r"[0-9a-f]{64}/[0-9]{1,4}of[0-9]{1,4}/[0-9a-f]{64}")
 
 
@@ -69,11 +74,23 @@ class PrefixHasher:
         return links
 
 
+def salt_tag(salt: str) -> str:
+    """16 hex digits that tell a tenant's chunks from others' and do not tell its salt; empty for none.
+
+    As of any digest, a salt that can be guessed can be found again from it.
+    """
+    return hashlib.sha256(_TAG_SEED + salt.encode()).hexdigest()[:16] if salt else ""
+
+
 def _little_endian_int32(token_ids: TokenIds) -> memoryview:
-    if isinstance(token_ids, torch.Tensor):
+    import numpy as np
+
+    # Nobody has a tensor where torch was never imported.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(token_ids, torch.Tensor):
         token_ids = token_ids.detach().cpu().numpy()
     if not isinstance(token_ids, np.ndarray):
-        return _from_sequence(token_ids)
+        return _from_sequence(cast("Sequence[int]", token_ids))
     if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
         kind = f"{token_ids.ndim}-d {token_ids.dtype}"
         raise UsageError(f"token ids must be a flat list of integers, not {kind}")
@@ -89,6 +106,8 @@ def _from_sequence(token_ids: Sequence[int]) -> memoryview:
         values = array("i", token_ids)
     except (OverflowError, TypeError) as error:
         raise UsageError(f"token ids must be integers in 0 .. 2**31 - 1 ({error})") from None
+    import numpy as np
+
     if values and np.frombuffer(values, dtype=np.int32).min() < 0:
         raise UsageError("token ids must lie in 0 .. 2**31 - 1")
     if sys.byteorder == "big":

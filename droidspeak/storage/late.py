@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from droidspeak.errors import TierUnavailable
-from droidspeak.storage.tier import Tier
+from droidspeak.storage.tier import Tier, TierUsage
 from droidspeak.storage.wrappers import Call, WrapperTier
 
 __all__ = ["LateTier"]
@@ -40,6 +40,9 @@ class LateTier(WrapperTier):
                 self.tier = self._open()
                 self._opened = True
         return call.run()
+
+    def evicted(self) -> TierUsage:
+        return self.tier.evicted() if self._opened else TierUsage(0, 0)
 
     def close(self) -> None:
         with self._lock:

@@ -16,17 +16,18 @@ from contextlib import contextmanager, suppress
 import torch
 
 from droidspeak.errors import ChunkCorrupt, StorageError, TierFull, TierTimeout, TierUnavailable
+from droidspeak.logs import limited
 from droidspeak.storage.backlog import Backlog
 from droidspeak.storage.container import Chunk, Slot
 from droidspeak.storage.counters import Counters
 from droidspeak.storage.guard import GuardedTier, Limits
 from droidspeak.storage.keys import ChunkKey
 from droidspeak.storage.singleflight import SingleFlight
-from droidspeak.storage.tier import ChunkInfo, Tier
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, Tier, TierQueue
 
 __all__ = ["Level"]
 
-_log = logging.getLogger(__name__)
+_log = limited(logging.getLogger(__name__))
 
 
 class Level:
@@ -170,6 +171,19 @@ class Level:
         if self._backlog:
             yield from self._backlog.keys()
         yield from self.tier.keys()
+
+    @property
+    def waiting(self) -> TierQueue | None:
+        """What waits to be written; `None` of memory, which is written at once."""
+        backlog = self._backlog
+        return TierQueue(backlog.nbytes, backlog.capacity) if backlog else None
+
+    def records(self) -> Iterator[ChunkRecord]:
+        """Records of the tier, and of what waits, which is in no tier yet. A chunk may come twice."""
+        for key in self._backlog.keys() if self._backlog else ():
+            if self._backlog and (chunk := self._backlog.get(key)) is not None:
+                yield ChunkRecord(ChunkInfo.of(chunk))
+        yield from self.tier.records()
 
     def settle(self, key: ChunkKey, timeout: float) -> bool:
         """Waits until `key` is written; whether that came within `timeout` s."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
+from time import time_ns
 
 import torch
 
@@ -19,7 +20,7 @@ from droidspeak.errors import ChunkIncomplete, ConfigError, TierFull
 from droidspeak.storage.container import Chunk, Slot
 from droidspeak.storage.eviction import EvictionPolicy, MemoryLedger, get_eviction
 from droidspeak.storage.keys import ChunkKey
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, Tier, TierUsage
 
 __all__ = ["MemoryTier"]
 
@@ -54,9 +55,11 @@ class MemoryTier(Tier):
         self._pinned_host = self._device.type == "cpu" and torch.cuda.is_available()
         self._capacity = capacity
         self._policy = get_eviction(eviction) if isinstance(eviction, str) else eviction
+        self._evicted = TierUsage(0, 0)
         self._ledger = MemoryLedger()
         self._chunks: dict[ChunkKey, Chunk] = {}
         self._pins: dict[ChunkKey, int] = {}
+        self._times: dict[ChunkKey, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self.name = name or str(self._device)
 
@@ -84,6 +87,8 @@ class MemoryTier(Tier):
         with self._lock:
             chunk = self._chunks.get(key)
             self._policy.touch(self._ledger, key)
+            if chunk is not None:
+                self._times[key] = self._times[key][0], time_ns()
         if chunk is None or slots is None:
             return chunk
         records = chunk.header.select(slots)
@@ -121,9 +126,24 @@ class MemoryTier(Tier):
         with self._lock:
             return iter(list(self._chunks))
 
+    def records(self) -> Iterator[ChunkRecord]:
+        return filter(None, map(self._record, self.keys()))
+
+    def _record(self, key: ChunkKey) -> ChunkRecord | None:
+        with self._lock:
+            chunk, entry = self._chunks.get(key), self._ledger.get(key)
+            if chunk is None or entry is None:
+                return None
+            info = ChunkInfo.of(chunk).held_by(self.name)
+            return ChunkRecord(info, *self._times[key], entry.hits, entry.pinned)
+
     def usage(self) -> TierUsage:
         with self._lock:
-            return TierUsage(len(self._chunks), self._ledger.nbytes(), self._capacity)
+            pinned = sum(self._pins.values())
+            return TierUsage(len(self._chunks), self._ledger.nbytes(), self._capacity, pinned)
+
+    def evicted(self) -> TierUsage:
+        return self._evicted
 
     def pin(self, key: ChunkKey) -> bool:
         return self._set_pinned(key, True)
@@ -156,6 +176,8 @@ class MemoryTier(Tier):
         self._free(self._ledger.nbytes() + nbytes - self._capacity)
         self._policy.admit(self._ledger, chunk.key, nbytes)
         self._chunks[chunk.key] = chunk
+        now = time_ns()
+        self._times[chunk.key] = now, now
         if pinned:
             self._mark(chunk.key, True)
 
@@ -164,11 +186,13 @@ class MemoryTier(Tier):
         while freed < nbytes and (victim := self._policy.victim(self._ledger)):
             self._remove(victim.key)
             freed += victim.nbytes
+            self._evicted = self._evicted.plus(1, victim.nbytes)
         return freed
 
     def _remove(self, key: ChunkKey) -> bool:
         self._ledger.remove(key)
         self._pins.pop(key, None)
+        self._times.pop(key, None)
         return self._chunks.pop(key, None) is not None
 
     def _set_pinned(self, key: ChunkKey, pinned: bool) -> bool:

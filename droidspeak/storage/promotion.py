@@ -59,6 +59,11 @@ class Promoter:
         if self._backlog.get(chunk.key) is None:
             self._backlog.add(chunk.key, offer, offer.info.nbytes, timeout=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks that wait to be promoted."""
+        return self._backlog.nbytes
+
     def flush(self, timeout: float) -> bool:
         """Waits until all that was offered is promoted; whether that came within `timeout` s."""
         return self._backlog.flush(timeout)

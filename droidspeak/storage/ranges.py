@@ -79,6 +79,11 @@ class SideBySide:
             futures.clear()
         return answers
 
+    def those(self, test: Callable[[T], bool], items: Iterable[T]) -> list[T]:
+        """The items for which `test` holds. Raises as `all`."""
+        todo = list(items)
+        return [item for item, holds in zip(todo, self.all(test, todo), strict=True) if holds]
+
     def close(self) -> None:
         """Waits for the calls under way."""
         self._pool.shutdown()

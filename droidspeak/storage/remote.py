@@ -12,8 +12,9 @@ to be sure would make the daemon read slots that nobody wants, and those of othe
     GET, PUT, DELETE /v1/chunks/KEY     read, write, delete
     PUT, DELETE /v1/chunks/KEY/pin      pin, unpin
     POST /v1/chunks/KEY/quarantine      quarantine
-    GET /v1/chunks, /v1/usage           keys, usage
+    GET /v1/chunks, /v1/usage           keys, records, usage
     POST /v1/evict                      evict
+    GET, PUT /v1/reports                put_report, reports
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from http import HTTPStatus
 from operator import index
 from pathlib import Path
@@ -35,7 +37,8 @@ from droidspeak.storage.container import Chunk, ChunkHeader, Slot, SlotRecord, c
 from droidspeak.storage.daemonclient import Changed, DaemonClient, Forbidden, NotThere, fill
 from droidspeak.storage.keys import ChunkKey
 from droidspeak.storage.ranges import SideBySide, VersionedHeaders
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.reports import MOST_REPORT_BYTES, check_report
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, SlotBytes, Tier, TierUsage
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
@@ -228,9 +231,21 @@ class RemoteTier(Tier):
         self._headers.forget(key)
         return self._done("DELETE", _path(key))
 
+    def delete_unused(self, records: Sequence[ChunkRecord]) -> list[ChunkRecord]:
+        return self._requests.those(self._left, records)
+
     def quarantine(self, key: ChunkKey) -> None:
         self._headers.forget(key)
         self._done("POST", f"{_path(key)}/quarantine")
+
+    def verify_stored(self, key: ChunkKey) -> str | None:
+        """What the daemon finds wrong with its copies of `key`, read in full; `None` if nothing."""
+        try:
+            answer = self._client.json("POST", f"{_path(key)}/verify", of_chunk=True)
+        except NotThere:
+            return None
+        with self._understood():
+            return None if answer["ok"] else str(answer["found"])
 
     def pin(self, key: ChunkKey) -> bool:
         return self._done("PUT", f"{_path(key)}/pin")
@@ -251,6 +266,37 @@ class RemoteTier(Tier):
             with self._understood():
                 key = ChunkKey.parse(json.loads(line)["key"])
             yield key
+
+    def records(self) -> Iterator[ChunkRecord]:
+        """Of each of the daemon's tiers, `info.tier` is `NAME/ITS NAME`."""
+        for line in self._client.lines("/v1/chunks", "copies=true"):
+            with self._understood():
+                record = self._record(json.loads(line))
+            yield record
+
+    def _record(self, row: Mapping[str, Any]) -> ChunkRecord:
+        tier, pinned, hits = row["tier"], row.get("pinned"), row.get("hits")
+        info = _info(row).held_by(self.name if tier is None else f"{self.name}/{tier}")
+        return ChunkRecord(
+            info,
+            _nanoseconds(row.get("created")),
+            _nanoseconds(row.get("used")),
+            None if hits is None else index(hits),
+            None if pinned is None else bool(pinned),
+        )
+
+    def by_tier(self) -> dict[str, TierUsage]:
+        """Of the daemon's tiers that answer; `NAME/ITS NAME`."""
+        return {f"{self.name}/{name}": usage for name, usage in self._tiers().items()}
+
+    def daemon_counters(self) -> dict[str, dict[str, int]]:
+        """What the daemon's store has counted since it started: by event and its tier."""
+        answer = self._client.json("GET", "/v1/usage")
+        with self._understood():
+            return {
+                str(event): {str(tier): index(count) for tier, count in by_tier.items()}
+                for event, by_tier in answer["counters"].items()
+            }
 
     def usage(self) -> TierUsage:
         """Of the daemon's tiers that answer: chunks of the one that holds most; bytes and capacities of all
@@ -282,7 +328,9 @@ class RemoteTier(Tier):
         answer = self._client.json("GET", "/v1/usage")
         with self._understood():
             return {
-                row["name"]: TierUsage(index(row["chunks"]), index(row["nbytes"]), _capacity(row))
+                row["name"]: TierUsage(
+                    index(row["chunks"]), index(row["nbytes"]), _count(row, "capacity"), _count(row, "pinned")
+                )
                 for row in answer["tiers"]
                 if row["chunks"] is not None
             }
@@ -296,6 +344,19 @@ class RemoteTier(Tier):
             self._client.foreign(
                 f"an answer that cannot be read ({type(error).__name__}: {str(error)[:200]})"
             )
+
+    def put_report(self, name: str, data: bytes) -> bool:
+        check_report(name, data)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        return self._done("PUT", f"/v1/reports/{name}", headers=headers, body=data)
+
+    def reports(self) -> Iterator[tuple[str, bytes]]:
+        """As of a tier; the daemon folds them itself."""
+        for line in self._client.lines("/v1/reports", "", longest=2 * MOST_REPORT_BYTES):
+            with self._understood():
+                row = json.loads(line)
+                name, data = str(row["name"]), json.dumps(row["report"]).encode()
+            yield name, data
 
     def close(self) -> None:
         self._requests.close()
@@ -311,11 +372,25 @@ def _info(row: Mapping[str, Any]) -> ChunkInfo:
     if not isinstance(codec, str):
         raise TypeError("a codec that is no text")
     e_layers = tuple(index(layer) for layer in row["e_layers"])
-    return ChunkInfo(ChunkKey.parse(row["key"]), index(row["tokens"]), index(row["nbytes"]), e_layers, codec)
+    salt, slots = row.get("salt", ""), row.get("slots")
+    if not isinstance(salt, str):
+        raise TypeError("a salt's tag that is no text")
+    by_kind = None if slots is None else SlotBytes(*(index(slots[kind]) for kind in SlotBytes._fields))
+    key = ChunkKey.parse(row["key"])
+    return ChunkInfo(key, index(row["tokens"]), index(row["nbytes"]), e_layers, codec, None, salt, by_kind)
 
 
-def _capacity(row: Mapping[str, Any]) -> int | None:
-    return None if row["capacity"] is None else index(row["capacity"])
+def _count(row: Mapping[str, Any], name: str) -> int | None:
+    # Older daemons do not tell all.
+    return None if row.get(name) is None else index(row[name])
+
+
+def _nanoseconds(told: Any) -> int | None:
+    """Since the epoch, of a time in ISO 8601."""
+    if told is None:
+        return None
+    moment = datetime.fromisoformat(told)
+    return int(moment.timestamp()) * 10**9 + moment.microsecond * 1000
 
 
 def _find_token(token: str | None, file: Path | None) -> str | None:

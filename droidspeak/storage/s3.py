@@ -1,11 +1,13 @@
 """The S3 tier: one object per chunk in a bucket, layers by range requests.
 
     <prefix>/chunks/<source>/<shard>/<prefix hash>.safetensors
+    <prefix>/reports/<name>.json    what the engines that use it tell of themselves
 
-The object's user metadata (`tokens`, `header-bytes`, `e-layers`, `codec`) lets one HEAD request answer
-`head`. A read is a HEAD (not if the chunk's header is cached), one GET of exactly the header, and one GET
-for each coalesced range of the slots asked for. Every GET names the version that the HEAD saw (If-Match):
-parts of an object that is replaced in between are never mixed, and one that is gone is a miss.
+The object's user metadata (`tokens`, `header-bytes`, `e-layers`, `codec`, `salt`, `slot-bytes`) lets one
+HEAD request answer `head`. A read is a HEAD (not if the chunk's header is cached), one GET of exactly the
+header, and one GET for each coalesced range of the slots asked for. Every GET names the version that the
+HEAD saw (If-Match): parts of an object that is replaced in between are never mixed, and one that is gone is a
+miss.
 
 Any S3-compatible endpoint serves that knows range and conditional requests. Credentials come from
 boto3's usual chain: environment, shared files, instance role.
@@ -14,8 +16,9 @@ boto3's usual chain: environment, shared files, instance role.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,12 +32,18 @@ from droidspeak.errors import (
     UsageError,
 )
 from droidspeak.storage.container import Chunk, ChunkHeader, Slot, SlotRecord, coalesce, place
-from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.keys import ChunkKey, SourceId
 from droidspeak.storage.ranges import SideBySide, VersionedHeaders
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.reports import MOST_REPORT_BYTES, TOTAL, check_report, is_report_name
+from droidspeak.storage.selection import LISTED, Selection
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, SlotBytes, Tier, TierUsage, by_source
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from mypy_boto3_s3 import S3Client
+
+    from droidspeak.storage.reports import Fold
 
 __all__ = ["S3Tier"]
 
@@ -90,6 +99,7 @@ class S3Tier(Tier):
         self.name = name
         self._bucket = bucket
         self._folder = f"{prefix.strip('/')}/chunks/".lstrip("/")
+        self._reports = f"{prefix.strip('/')}/reports/".lstrip("/")
         self._where = f"S3 bucket {bucket!r} at {endpoint or 'AWS'}"
         self._concurrency = concurrency
         self._attempts = attempts
@@ -139,6 +149,8 @@ class S3Tier(Tier):
             "header-bytes": str(header.data_start),
             "e-layers": ",".join(map(str, header.e_layers)),
             "codec": header.codec,
+            "salt": header.labels.get("salt", ""),
+            "slot-bytes": ",".join(map(str, header.slot_bytes)),
         }
         body = chunk.to_bytes()
         with self._errors():
@@ -155,18 +167,67 @@ class S3Tier(Tier):
         self.quarantine(key)
         return True
 
+    def delete_unused(self, records: Sequence[ChunkRecord]) -> list[ChunkRecord]:
+        return self._requests.those(self._left, records)
+
     def quarantine(self, key: ChunkKey) -> None:
         self._headers.forget(key)
         with self._errors():
             self._client.delete_object(Bucket=self._bucket, Key=self._path(key))
 
     def keys(self) -> Iterator[ChunkKey]:
-        return (key for key, _ in self._objects())
+        return (record.info.key for record in self._objects())
+
+    def records(self) -> Iterator[ChunkRecord]:
+        return self.select(Selection())
+
+    def select(self, selection: Selection) -> Iterator[ChunkRecord]:
+        """As of a tier. What the listing tells is looked at first: the others take a HEAD request each."""
+        listed, looked_at = selection.split(LISTED)
+        return looked_at.of(self._described(listed.of(self._objects())))
+
+    def _described(self, listed: Iterator[ChunkRecord]) -> Iterator[ChunkRecord]:
+        while batch := list(islice(listed, 4 * self._concurrency)):
+            found = self._requests.all(self._describe, batch)
+            yield from (record for record in found if record)
+
+    def _describe(self, listed: ChunkRecord) -> ChunkRecord | None:
+        try:
+            info = self.head(listed.info.key)
+        except ChunkCorrupt:
+            return listed  # it is there, whatever it is
+        return replace(listed, info=info.held_by(self.name)) if info else None
+
+    def sources(self) -> dict[SourceId, TierUsage]:
+        return by_source((record.info.key.source, record.info.nbytes) for record in self._objects())
 
     def usage(self) -> TierUsage:
         """By listing the bucket: one request for each thousand objects."""
-        sizes = [nbytes for _, nbytes in self._objects()]
+        sizes = [record.info.nbytes for record in self._objects()]
         return TierUsage(len(sizes), sum(sizes))
+
+    def put_report(self, name: str, data: bytes) -> bool:
+        check_report(name, data)
+        with self._errors():
+            self._client.put_object(Bucket=self._bucket, Key=self._report(name), Body=data)
+        return True
+
+    def reports(self) -> Iterator[tuple[str, bytes]]:
+        return ((name, data) for name, _, data in self._documents())
+
+    def fold_reports(self, fold: Fold) -> None:
+        """As of a tier. Of two who fold at a time one does nothing: a total is replaced as it was read."""
+        documents = {name: (etag, data) for name, etag, data in self._documents()}
+        folded = fold({name: data for name, (_, data) in documents.items()})
+        if folded is None:
+            return
+        check_report(TOTAL, folded.total)
+        as_read: Any = {"IfMatch": documents[TOTAL][0]} if TOTAL in documents else {"IfNoneMatch": "*"}
+        with suppress(_Gone), self._errors():
+            self._client.put_object(
+                Bucket=self._bucket, Key=self._report(TOTAL), Body=folded.total, **as_read
+            )
+            self._requests.all(self._delete_report, list(folded.gone))
 
     def close(self) -> None:
         self._requests.close()
@@ -187,11 +248,11 @@ class S3Tier(Tier):
             tokens = int(version.metadata["tokens"])
             e_layers = tuple(int(layer) for layer in version.metadata["e-layers"].split(",") if layer)
             codec = version.metadata["codec"]
+            salt, slots = version.metadata.get("salt", ""), _slot_bytes(version.metadata)
         except (KeyError, ValueError):
             # Copied here by a tool that drops user metadata.
-            header = self._fetch_header(key, version)
-            tokens, e_layers, codec = header.tokens, header.e_layers, header.codec
-        return ChunkInfo(key, tokens, version.nbytes, e_layers, codec)
+            return ChunkInfo.of_header(self._fetch_header(key, version))
+        return ChunkInfo(key, tokens, version.nbytes, e_layers, codec, None, salt, slots)
 
     def _version(self, key: ChunkKey) -> _Version:
         answer = self._client.head_object(Bucket=self._bucket, Key=self._path(key))
@@ -233,7 +294,7 @@ class S3Tier(Tier):
 
     def _get_bytes(self, key: ChunkKey, version: _Version, count: int) -> bytes:
         if version.nbytes < count:
-            raise ChunkCorrupt(f"object of {key} ends after {version.nbytes} of {count} bytes")
+            raise ChunkCorrupt(f"object of {key} ends after {version.nbytes} of {count} bytes", "truncated")
         data = bytearray(count)
         self._get(key, version.etag, 0, count, [memoryview(data)])
         return bytes(data)
@@ -263,14 +324,41 @@ class S3Tier(Tier):
             for target in targets:
                 _fill(target, body)
 
-    def _objects(self) -> Iterator[tuple[ChunkKey, int]]:
-        """Keys and sizes in bytes; whatever else lies in the folder is passed over."""
+    def _objects(self) -> Iterator[ChunkRecord]:
+        """What the listing tells; whatever else lies in the folder is passed over."""
         with self._errors():
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._folder):
                 for row in page.get("Contents", []):
                     if key := self._key(row["Key"]):
-                        yield key, row["Size"]
+                        info = ChunkInfo(key, 0, row["Size"], (), tier=self.name)
+                        yield ChunkRecord(info, created=_nanoseconds(row["LastModified"]))
+
+    def _documents(self) -> Iterator[tuple[str, str, bytes]]:
+        """Names, entity tags and contents of the reports."""
+        with self._errors():
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._reports):
+                paths = [row["Key"] for row in page.get("Contents", []) if row["Size"] <= MOST_REPORT_BYTES]
+                names = [path.removeprefix(self._reports).removesuffix(".json") for path in paths]
+                known = [name for name, path in zip(names, paths, strict=True) if self._report(name) == path]
+                found = self._requests.all(self._document, list(filter(is_report_name, known)))
+                yield from (document for document in found if document)
+
+    def _document(self, name: str) -> tuple[str, str, bytes] | None:
+        try:
+            with self._errors():
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._report(name))
+                with closing(answer["Body"]) as body:
+                    return name, answer["ETag"], body.read()
+        except _Gone:
+            return None
+
+    def _delete_report(self, name: str) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=self._report(name))
+
+    def _report(self, name: str) -> str:
+        return f"{self._reports}{name}.json"
 
     def _path(self, key: ChunkKey) -> str:
         return f"{self._folder}{key}{_SUFFIX}"
@@ -334,6 +422,19 @@ def _fill(target: memoryview, body: Any) -> None:
         if not count:
             raise TierUnavailable(f"S3 answer ends {len(target) - filled} bytes early")
         filled += count
+
+
+def _slot_bytes(metadata: Mapping[str, str]) -> SlotBytes | None:
+    """Raises `ValueError` for what is no such list."""
+    told = metadata.get("slot-bytes")
+    if told is None:
+        return None
+    k, v, e = map(int, told.split(","))
+    return SlotBytes(k, v, e)
+
+
+def _nanoseconds(moment: datetime) -> int:
+    return int(moment.timestamp()) * 10**9 + moment.microsecond * 1000
 
 
 def _one_line(error: Exception) -> str:

@@ -11,23 +11,38 @@ raises from `droidspeak.errors.StorageError`. Life of a chunk in a tier:
     delete(key)
     evict(nbytes)                makes room: unpinned chunks leave, in the order of the tier's policy
 
+A tier that outlives its process also keeps the reports of those who use it (`droidspeak.storage.reports`).
+
 Methods may be called from any thread. Every tier passes `droidspeak.storage.testing.TierConformance`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
-import torch
+from droidspeak.storage.keys import ChunkKey, SourceId
 
-from droidspeak.storage.container import Chunk, Slot
-from droidspeak.storage.keys import ChunkKey
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["ChunkInfo", "ChunkRecord", "Tier", "TierUsage"]
+    from droidspeak.storage.container import Chunk, ChunkHeader, Slot
+    from droidspeak.storage.reports import Fold
+    from droidspeak.storage.selection import Selection
+
+__all__ = ["ChunkInfo", "ChunkRecord", "SlotBytes", "Tier", "TierUsage", "by_source"]
+
+
+class SlotBytes(NamedTuple):
+    """Stored bytes of a chunk's K, V and E slots. Headers, and objects of other systems, are in none."""
+
+    k: int = 0
+    v: int = 0
+    e: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,8 @@ class ChunkInfo:
         nbytes: bytes of the whole object, header included.
         e_layers: layers whose E is stored.
         tier: name of the tier that holds it, where a store has several.
+        salt: tag of the tenant's salt (`droidspeak.storage.keys.salt_tag`); empty for the empty salt.
+        slots: bytes by kind; `None` where a tier does not know, or leaves them out of a lookup.
     """
 
     key: ChunkKey
@@ -46,15 +63,32 @@ class ChunkInfo:
     e_layers: tuple[int, ...]
     codec: str = "raw"
     tier: str | None = field(default=None, compare=False)
+    salt: str = ""
+    slots: SlotBytes | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, chunk: Chunk) -> ChunkInfo:
-        header = chunk.header
-        return cls(header.key, header.tokens, header.nbytes, header.e_layers, header.codec)
+        return cls.of_header(chunk.header)
+
+    @classmethod
+    def of_header(cls, header: ChunkHeader) -> ChunkInfo:
+        """What the header says."""
+        return cls(
+            header.key,
+            header.tokens,
+            header.nbytes,
+            header.e_layers,
+            header.codec,
+            None,
+            header.labels.get("salt", ""),
+            header.slot_bytes,
+        )
 
     def held_by(self, tier: str) -> ChunkInfo:
         """The same, of the tier called `tier`."""
-        return ChunkInfo(self.key, self.tokens, self.nbytes, self.e_layers, self.codec, tier)
+        return ChunkInfo(
+            self.key, self.tokens, self.nbytes, self.e_layers, self.codec, tier, self.salt, self.slots
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +110,30 @@ class ChunkRecord:
 
 @dataclass(frozen=True, slots=True)
 class TierUsage:
-    """Chunks and bytes held; `capacity` in bytes, `None` where the tier sets no bound."""
+    """What is held.
+
+    Attributes:
+        nbytes: bytes of all chunks.
+        capacity: in bytes; `None` where the tier sets no bound.
+        pinned: bytes that are kept from eviction; `None` where the tier does not know.
+    """
 
     chunks: int
     nbytes: int
     capacity: int | None = None
+    pinned: int | None = field(default=None, compare=False)
+
+    def plus(self, chunks: int, nbytes: int) -> TierUsage:
+        """With so much more."""
+        return TierUsage(self.chunks + chunks, self.nbytes + nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class TierQueue:
+    """Bytes that wait in front of a tier, and the most of it."""
+
+    nbytes: int
+    capacity: int
 
 
 class Tier(ABC):
@@ -131,6 +184,15 @@ class Tier(ABC):
     def delete(self, key: ChunkKey) -> bool:
         """Removes `key`, pinned or not; whether it was there."""
 
+    def delete_unused(self, records: Sequence[ChunkRecord]) -> list[ChunkRecord]:
+        """Removes the chunks that are still as `records` say, as far as the tier can tell: not replaced, used
+        or pinned since. Which ones left."""
+        return [record for record in records if self._left(record)]
+
+    def _left(self, record: ChunkRecord) -> bool:
+        info = self.head(record.info.key)
+        return info is not None and info.nbytes == record.info.nbytes and self.delete(record.info.key)
+
     @abstractmethod
     def keys(self) -> Iterator[ChunkKey]:
         """All keys, in no order."""
@@ -138,11 +200,35 @@ class Tier(ABC):
     def records(self) -> Iterator[ChunkRecord]:
         """An inventory, in no order, as it is found; chunks may come and go meanwhile."""
         infos = (self.head(key) for key in self.keys())
-        return (ChunkRecord(info) for info in infos if info)
+        return (ChunkRecord(info.held_by(info.tier or self.name)) for info in infos if info)
+
+    def select(self, selection: Selection) -> Iterator[ChunkRecord]:
+        """The records that `selection` asks for, in its order. A tier with an index need not look at all."""
+        return selection.of(self.records())
+
+    def sources(self) -> dict[SourceId, TierUsage]:
+        """Chunks and bytes per source model; where several tiers hold a chunk, it counts in each."""
+        return by_source((record.info.key.source, record.info.nbytes) for record in self.records())
+
+    def slot_bytes(self) -> dict[SourceId, SlotBytes]:
+        """Bytes per source model and kind, as far as they are known. May look at every chunk."""
+        found: dict[SourceId, SlotBytes] = {}
+        for info in (record.info for record in self.records()):
+            sums = zip(found.get(info.key.source, SlotBytes()), info.slots or SlotBytes(), strict=True)
+            found[info.key.source] = SlotBytes(*map(sum, sums))
+        return found
 
     @abstractmethod
     def usage(self) -> TierUsage:
         """What is held now."""
+
+    def by_tier(self) -> dict[str, TierUsage]:
+        """What is held now, by the name of the tier, where there is more than this one."""
+        return {self.name: self.usage()}
+
+    def evicted(self) -> TierUsage:
+        """What has left to make room, by this object's doing, since it was made. Costs nothing."""
+        return TierUsage(0, 0)
 
     def leading(self, keys: Sequence[ChunkKey]) -> list[ChunkInfo]:
         """Infos of the longest run of `keys`, from the first, that is held without a gap."""
@@ -179,6 +265,25 @@ class Tier(ABC):
         """Takes the corrupt object of `key` out of sight."""
         self.delete(key)
 
+    def put_report(self, name: str, data: bytes) -> bool:  # noqa: ARG002
+        """Keeps a report, in place of an older one of the name; whether this tier keeps reports at all.
+
+        Raises:
+            UsageError: a name or a size that is not allowed.
+            TierFull, TierUnavailable, TierTimeout: it was not kept.
+        """
+        return False
+
+    def reports(self) -> Iterator[tuple[str, bytes]]:
+        """Names and contents of the reports that are kept. Raises `TierUnavailable`, `TierTimeout`."""
+        return iter(())
+
+    def fold_reports(self, fold: Fold) -> None:
+        """Lets `fold` make many reports one; if another process does so at this time, it may do nothing.
+
+        A tier whose reports others fold does nothing. Raises `TierUnavailable`, `TierTimeout`.
+        """
+
     def close(self) -> None:
         """Releases what the tier holds open. Calling it twice is fine."""
 
@@ -192,3 +297,13 @@ class Tier(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
+
+
+def by_source(chunks: Iterable[tuple[SourceId, int]]) -> dict[SourceId, TierUsage]:
+    """Sums over chunks, each given by its source and its bytes."""
+    sums: defaultdict[SourceId, list[int]] = defaultdict(lambda: [0, 0])
+    for source, nbytes in chunks:
+        held = sums[source]
+        held[0] += 1
+        held[1] += nbytes
+    return {source: TierUsage(*held) for source, held in sums.items()}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,7 +37,10 @@ from droidspeak.storage.guard import Limits
 from droidspeak.storage.keys import ChunkKey
 from droidspeak.storage.level import Level
 from droidspeak.storage.promotion import Promoter
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, Tier, TierQueue, TierUsage
+
+if TYPE_CHECKING:
+    from droidspeak.storage.reports import Fold
 
 __all__ = ["TieredStore", "WriteBackOptions"]
 
@@ -229,6 +233,11 @@ class TieredStore(Tier):
                 seen.add(key)
                 yield key
 
+    def records(self) -> Iterator[ChunkRecord]:
+        """One for each tier that holds a chunk, `info.tier` its name; without one for what waits to be
+        written. Raises as `keys`."""
+        return chain.from_iterable(level.records() for level in self._levels)
+
     def usage(self) -> TierUsage:
         """Different chunks, and bytes in all tiers together, without those that wait to be written.
 
@@ -243,6 +252,15 @@ class TieredStore(Tier):
             with suppress(StorageError):
                 table[level.name] = level.tier.usage()
         return table
+
+    def queues(self) -> dict[str, TierQueue]:
+        """What waits to be written, by tier."""
+        return {level.name: level.waiting for level in self._levels if level.waiting}
+
+    @property
+    def promoting(self) -> int:
+        """Bytes of the chunks that wait to be promoted."""
+        return self._promoter.nbytes if self._promoter else 0
 
     def pin(self, key: ChunkKey) -> bool:
         """As of a tier, in each that holds `key`; waits until it is written."""
@@ -295,6 +313,19 @@ class TieredStore(Tier):
             except StorageError as error:
                 errors.append(error)
         return there, errors
+
+    def put_report(self, name: str, data: bytes) -> bool:
+        """As of a tier, in the first one that keeps reports, and never in another one: all count once."""
+        return any(level.tier.put_report(name, data) for level in self._levels)
+
+    def reports(self) -> Iterator[tuple[str, bytes]]:
+        """Of all tiers; those that others have left in slower ones too."""
+        return chain.from_iterable(level.tier.reports() for level in self._levels)
+
+    def fold_reports(self, fold: Fold) -> None:
+        """As of a tier, in each."""
+        for level in self._levels:
+            level.tier.fold_reports(fold)
 
     def persisted(self, key: ChunkKey, timeout: float) -> bool:
         """Whether a tier that outlives this process holds `key`; waits `timeout` s for its write.

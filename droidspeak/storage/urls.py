@@ -28,10 +28,16 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from droidspeak.errors import ConfigError, TierUnavailable
 from droidspeak.storage.eviction import EvictionPolicy, get_eviction
-from droidspeak.storage.late import LateTier
 from droidspeak.storage.tier import Tier
 
-__all__ = ["open_tier", "open_tier_late", "parse_size"]
+__all__ = [
+    "checked_options",
+    "open_tier",
+    "open_tier_late",
+    "parse_size",
+    "tier_options",
+    "without_secrets",
+]
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
@@ -48,12 +54,34 @@ def open_tier(description: str | Mapping[str, Any]) -> Tier:
         MissingExtra: the tier's optional part is not installed.
         TierUnavailable: the tier cannot be opened.
     """
+    options = tier_options(description)
+    return _SCHEMES[options.pop("type")].open(options, _shown(description))
+
+
+def tier_options(description: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping form of a description, as it was given: the values are not looked at yet.
+
+    Raises:
+        ConfigError: no URL of a tier, or an unknown scheme.
+    """
     options = _from_url(description) if isinstance(description, str) else dict(description)
-    scheme = options.pop("type", None)
+    scheme = options.get("type")
     if not isinstance(scheme, str) or scheme not in _SCHEMES:
         allowed = ", ".join(f"{known}://" for known in _SCHEMES)
         raise ConfigError(f"unknown tier {scheme!r} in {_shown(description)}; allowed: {allowed}")
-    return _SCHEMES[scheme].open(options, _shown(description))
+    return options
+
+
+def checked_options(description: str | Mapping[str, Any]) -> dict[str, Any]:
+    """As `tier_options`, with all values read; nothing is opened. Raises `ConfigError` as `open_tier`."""
+    options = tier_options(description)
+    kind = options.pop("type")
+    return {"type": kind, **_SCHEMES[kind].read(options, _shown(description))}
+
+
+def without_secrets(url: str) -> str:
+    """`url` as it may be shown."""
+    return _SECRET.sub("...", url)
 
 
 def open_tier_late(description: str | Mapping[str, Any]) -> Tier:
@@ -65,6 +93,8 @@ def open_tier_late(description: str | Mapping[str, Any]) -> Tier:
     try:
         return open_tier(description)
     except TierUnavailable:
+        from droidspeak.storage.late import LateTier
+
         options = _from_url(description) if isinstance(description, str) else description
         return LateTier(lambda: open_tier(description), str(options.get("name", options["type"])))
 
@@ -99,6 +129,10 @@ class _Scheme:
     secret: frozenset[str] = field(default=frozenset())
 
     def open(self, options: Mapping[str, Any], shown: str) -> Tier:
+        return self.build(**self.read(options, shown))
+
+    def read(self, options: Mapping[str, Any], shown: str) -> dict[str, Any]:
+        """The options' values. Raises `ConfigError`."""
         options = {name: value for name, value in options.items() if value is not None}
         unknown = sorted(map(str, options.keys() - self.parsers.keys()))
         if unknown:
@@ -108,7 +142,7 @@ class _Scheme:
         absent = sorted(self.required - options.keys())
         if absent:
             raise ConfigError(f"{shown}: {', '.join(absent)} is missing")
-        return self.build(**{name: self._parse(name, value, shown) for name, value in options.items()})
+        return {name: self._parse(name, value, shown) for name, value in options.items()}
 
     def _parse(self, name: str, value: Any, shown: str) -> Any:
         try:
@@ -142,7 +176,7 @@ def _from_url(url: str) -> dict[str, Any]:
 def _shown(description: str | Mapping[str, Any]) -> str:
     """The description as errors show it: without what may be a secret."""
     if isinstance(description, str):
-        return repr(_SECRET.sub("...", description))
+        return repr(without_secrets(description))
     return f"tier {description.get('type')!r}"
 
 

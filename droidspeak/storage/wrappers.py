@@ -14,15 +14,19 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from droidspeak.errors import StorageError, TierUnavailable, UsageError
 from droidspeak.storage.container import Chunk, Slot
-from droidspeak.storage.keys import ChunkKey
-from droidspeak.storage.tier import ChunkInfo, Tier, TierUsage
+from droidspeak.storage.keys import ChunkKey, SourceId
+from droidspeak.storage.tier import ChunkInfo, ChunkRecord, SlotBytes, Tier, TierUsage
+
+if TYPE_CHECKING:
+    from droidspeak.storage.reports import Fold
+    from droidspeak.storage.selection import Selection
 
 __all__ = [
     "Call",
@@ -89,8 +93,40 @@ class WrapperTier(Tier):
     def delete(self, key: ChunkKey) -> bool:
         return self._around(Call("delete", lambda: self.tier.delete(key)))
 
+    def delete_unused(self, records: Sequence[ChunkRecord]) -> list[ChunkRecord]:
+        return self._around(Call("delete", lambda: self.tier.delete_unused(records)))
+
     def keys(self) -> Iterator[ChunkKey]:
         return self._around(Call("keys", lambda: self.tier.keys()))  # noqa: PLW0108 - looked up when called
+
+    def records(self) -> Iterator[ChunkRecord]:
+        return self._around(Call("records", lambda: self._mine(self.tier.records())))
+
+    def select(self, selection: Selection) -> Iterator[ChunkRecord]:
+        return self._around(Call("records", lambda: self._selected(selection)))
+
+    def _selected(self, selection: Selection) -> Iterator[ChunkRecord]:
+        if self.name == self.tier.name:
+            return self.tier.select(selection)
+        return selection.of(self._mine(self.tier.records()))
+
+    def _mine(self, records: Iterator[ChunkRecord]) -> Iterator[ChunkRecord]:
+        """With this tier's name, where it has one of its own."""
+        if self.name == self.tier.name:
+            return records
+        return (replace(record, info=record.info.held_by(self.name)) for record in records)
+
+    def sources(self) -> dict[SourceId, TierUsage]:
+        return self._around(Call("usage", lambda: self.tier.sources()))  # noqa: PLW0108
+
+    def slot_bytes(self) -> dict[SourceId, SlotBytes]:
+        return self._around(Call("records", lambda: self.tier.slot_bytes()))  # noqa: PLW0108
+
+    def by_tier(self) -> dict[str, TierUsage]:
+        return self._around(Call("usage", self._by_tier))
+
+    def _by_tier(self) -> dict[str, TierUsage]:
+        return self.tier.by_tier() if self.name == self.tier.name else {self.name: self.tier.usage()}
 
     def usage(self) -> TierUsage:
         return self._around(Call("usage", lambda: self.tier.usage()))  # noqa: PLW0108
@@ -104,8 +140,20 @@ class WrapperTier(Tier):
     def evict(self, nbytes: int) -> int:
         return self._around(Call("evict", lambda: self.tier.evict(nbytes)))
 
+    def evicted(self) -> TierUsage:
+        return self.tier.evicted()
+
     def quarantine(self, key: ChunkKey) -> None:
         self._around(Call("quarantine", lambda: self.tier.quarantine(key)))
+
+    def put_report(self, name: str, data: bytes) -> bool:
+        return self._around(Call("put_report", lambda: self.tier.put_report(name, data), len(data)))
+
+    def reports(self) -> Iterator[tuple[str, bytes]]:
+        return self._around(Call("reports", lambda: self.tier.reports()))  # noqa: PLW0108
+
+    def fold_reports(self, fold: Fold) -> None:
+        self._around(Call("fold_reports", lambda: self.tier.fold_reports(fold)))
 
     def close(self) -> None:
         self.tier.close()
@@ -143,11 +191,24 @@ class ReadOnlyTier(WrapperTier):
         held = super().keys()
         return (key for key in held if key not in self._hidden)
 
+    def records(self) -> Iterator[ChunkRecord]:
+        held = super().records()
+        return (record for record in held if record.info.key not in self._hidden)
+
+    def select(self, selection: Selection) -> Iterator[ChunkRecord]:
+        return selection.of(self.records())
+
     def evict(self, nbytes: int) -> int:  # noqa: ARG002 - nothing leaves
         return 0
 
     def quarantine(self, key: ChunkKey) -> None:
         self._hidden.add(key)
+
+    def put_report(self, name: str, data: bytes) -> bool:  # noqa: ARG002
+        return False
+
+    def fold_reports(self, fold: Fold) -> None:
+        """Nothing: they stay as they are."""
 
     def _around(self, call: Call[T]) -> T:
         if call.operation in ("write", "delete", "pin", "unpin"):
@@ -260,8 +321,8 @@ class FaultyTier(WrapperTier):
 
 
 _OPERATIONS = {"head", "leading", "read", "write", "delete", "keys", "usage", "pin", "unpin"}
-_OPERATIONS |= {"evict", "quarantine"}
-_NEVER_A_MISS = {"write", "evict", "quarantine"}
+_OPERATIONS |= {"records", "evict", "quarantine", "put_report", "reports", "fold_reports"}
+_NEVER_A_MISS = {"write", "evict", "quarantine", "put_report", "reports", "fold_reports"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from droidspeak.errors import TierUnavailable
 from droidspeak.storage.catalog import Catalog, PendingWrite
 from droidspeak.storage.eviction import LRU, S3FIFO, Entry, EvictionPolicy, Ledger, MemoryLedger
 from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.selection import Selection
 from droidspeak.storage.testing import make_key
-from droidspeak.storage.tier import ChunkInfo, TierUsage
+from droidspeak.storage.tier import ChunkInfo, SlotBytes, TierUsage
 
 
 @pytest.fixture
@@ -313,3 +315,89 @@ def test_after_close_it_is_unavailable(catalog):
     catalog.close()
     with pytest.raises(TierUnavailable):
         catalog.usage()
+
+
+# Older versions
+
+
+def older(path: Path) -> list[tuple]:
+    """Makes the catalog at `path` one of version 1; its rows."""
+    columns = "key, nbytes, queue, place, hits, pinned, tokens, header_bytes, e_layers, codec, created, used"
+    with sqlite3.connect(path, isolation_level=None) as connection:
+        connection.execute("DROP INDEX pinned")
+        for column in ("salt", "k_bytes", "v_bytes", "e_bytes"):
+            connection.execute(f"ALTER TABLE chunks DROP COLUMN {column}")
+        connection.execute("PRAGMA user_version = 1")
+        rows = connection.execute(f"SELECT {columns} FROM chunks ORDER BY key").fetchall()
+    connection.close()
+    return rows
+
+
+def test_an_older_version_is_brought_up_to_date_and_nothing_is_lost(path):
+    catalog = opened(path)
+    with catalog.transaction():
+        infos = [admit(catalog, make_key(seed), nbytes=10 + seed, e_layers=(1,)) for seed in range(3)]
+        catalog.set_pinned(make_key(2), True)
+        catalog.set_hits(make_key(1), 5)
+    catalog.close()
+    rows = older(path)
+    with pytest.raises(TierUnavailable, match="open the folder once for writing"):
+        Catalog(path, read_only=True)
+    catalog = Catalog(path)
+    assert not catalog.fresh
+    assert catalog.leading([info.key for info in infos]) == infos
+    assert catalog.find(make_key(0)).info.slots is None
+    assert catalog.get(make_key(1)).hits == 5
+    assert catalog.usage().pinned == 12
+    with catalog.transaction():
+        info = replace(infos[0], salt="a" * 16, slots=SlotBytes(1, 2, 3))
+        catalog.describe(info, 7, created=1)
+    assert catalog.find(make_key(0)).info.slots == SlotBytes(1, 2, 3)
+    assert catalog.find(make_key(0)).info.salt == "a" * 16
+    catalog.close()
+    with sqlite3.connect(path) as connection:
+        found = connection.execute("SELECT key, hits, pinned FROM chunks ORDER BY key").fetchall()
+    connection.close()
+    assert found == [(row[0], row[4], row[5]) for row in rows]
+
+
+def test_an_older_release_goes_on_beside_it(path):
+    opened(path).close()
+    older(path)
+    before = sqlite3.connect(path, isolation_level=None)
+    before.execute("SELECT count(*) FROM chunks")
+    catalog = Catalog(path)
+    before.execute(
+        "INSERT INTO chunks (key, nbytes, queue, place, hits, pinned) VALUES (?, 7, 'main', 1, 0, 0)",
+        (str(make_key(0)),),
+    )
+    before.close()
+    assert catalog.find(make_key(0)).info.nbytes == 7
+    catalog.close()
+
+
+def test_read_only_sees_what_others_write_after_it_was_opened(path):
+    opened(path).close()
+    reader = Catalog(path, read_only=True)
+    writer = opened(path)
+    with writer.transaction():
+        admit(writer, make_key(0))
+    assert reader.find(make_key(0))
+    assert [record.info.key for record in reader.select(Selection(), "disk")] == [make_key(0)]
+    assert [record.info.key for record in reader.select(Selection(sort="size"), "disk")] == [make_key(0)]
+    with pytest.raises(TierUnavailable):
+        reader.remove(make_key(0))
+    writer.close()
+    reader.close()
+
+
+def test_pinned_bytes_cost_no_scan(catalog):
+    with catalog.transaction():
+        for seed in range(4):
+            admit(catalog, make_key(seed), nbytes=10 + seed)
+        catalog.set_pinned(make_key(1), True)
+        catalog.set_pinned(make_key(2), True)
+        catalog.set_pinned(make_key(1), False)
+    assert catalog.usage().pinned == 12
+    plan = catalog._ask("EXPLAIN QUERY PLAN SELECT total(nbytes) FROM chunks WHERE pinned = 1")
+    assert "USING COVERING INDEX pinned" in plan[0][-1]

@@ -157,7 +157,7 @@ def die_at(pipe, root, capacity, moment):
     import os
     import signal
 
-    from droidspeak.storage import chunkfile
+    from droidspeak.storage import chunkfolder
     from droidspeak.storage.catalog import Catalog
     from droidspeak.storage.disk import DiskTier
     from droidspeak.storage.testing import make_chunk, make_key
@@ -167,7 +167,7 @@ def die_at(pipe, root, capacity, moment):
 
     tier = DiskTier(root, capacity=capacity, min_free=0)
     if moment == "before the temp file":
-        chunkfile.write_file.__globals__["os"].open = die
+        chunkfolder.write_file.__globals__["os"].open = die
     elif moment == "half written":
         writev = os.writev
         os.writev = lambda file, buffers: (writev(file, buffers[:3]), die())
@@ -791,7 +791,7 @@ def test_many_long_reads_at_once_with_one_helper(tier, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         for chunk, got in zip(chunks * 20, pool.map(tier.read, [c.key for c in chunks * 20]), strict=True):
             assert_holds(got, chunk)
-    tier._helper.shutdown()
+    tier._reader._helper.shutdown()
     assert_holds(tier.read(chunks[0].key), chunks[0])
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droidspeak.errors import UsageError
-from droidspeak.storage.keys import ChunkKey, PrefixHasher, SourceId
+from droidspeak.storage.keys import ChunkKey, PrefixHasher, SourceId, salt_tag
 
 CHUNK = 16
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=100)
@@ -179,3 +179,9 @@ def test_keys_sort_by_source_shard_and_prefix() -> None:
     ]
     assert sorted(keys, reverse=True) == keys[::-1]
     assert all(one < other for one, other in pairwise(keys))
+
+
+def test_a_salt_has_a_tag_that_does_not_tell_it() -> None:
+    assert salt_tag("") == ""
+    assert salt_tag("tenant") == hashlib.sha256(b"droidspeak salt tag 1tenant").hexdigest()[:16]
+    assert salt_tag("tenant") != salt_tag("tenant2")

@@ -136,6 +136,8 @@ def test_object_layout_and_metadata(client: Any, tier: S3Tier) -> None:
         "header-bytes": str(chunk.header.data_start),
         "e-layers": "0,2",
         "codec": "zstd",
+        "salt": "",
+        "slot-bytes": ",".join(map(str, chunk.header.slot_bytes)),
     }
 
 

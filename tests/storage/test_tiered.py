@@ -116,6 +116,10 @@ class StoreHooks(TierConformance):
     def drop(self, tier: Tier, key: ChunkKey) -> None:
         self.disk(tier).path(key).unlink()
 
+    def settle(self, tier: Tier) -> None:
+        assert isinstance(tier, TieredStore)
+        assert tier.flush()
+
 
 class TestDiskAlone(StoreHooks):
     reads_ranges = True

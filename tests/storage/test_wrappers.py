@@ -227,7 +227,7 @@ def test_damage_is_seen_by_who_checks_and_does_not_stay(inner: MemoryTier, fault
 
 
 def test_a_plan_names_methods(inner: MemoryTier) -> None:
-    with pytest.raises(UsageError, match=r"\['load'\]; allowed: delete, evict, head"):
+    with pytest.raises(UsageError, match=r"\['load'\]; allowed: delete, evict, fold_reports, head"):
         FaultyTier(inner, {"load": [None]})
 
 

@@ -5,10 +5,12 @@ Results go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -22,22 +24,48 @@ from droidspeak.errors import (
     TierUnavailable,
     UsageError,
 )
-from droidspeak.integrations.cli.output import note
+from droidspeak.integrations.cli.output import ReaderGone, note
 
 # Where each command is. Only what a call needs is imported: torch and transformers take seconds, and memory
 # that a daemon keeps for good.
 _COMMANDS: dict[str, str | dict[str, str]] = {
+    "config": {"check": "config:check", "schema": "config:schema", "show": "config:show"},
     "demo": "demo:demo",
+    "doctor": "doctor:doctor",
     "policy": "policy:app",
     "profile": "profile:profile",
     "serve": "serve:serve",
+    "store": {
+        "copy": "store.copy:copy",
+        "df": "store.df:df",
+        "export": "store.archive:export",
+        "import": "store.archive:import_",
+        "ls": "store.ls:ls",
+        "pin": "store.pins:pin",
+        "prune": "store.prune:prune",
+        "purge": "store.prune:purge",
+        "rm": "store.remove:rm",
+        "shared": "store.shared:shared",
+        "show": "store.show:show",
+        "stats": "store.stats:stats",
+        "top": "store.ls:top",
+        "unpin": "store.pins:unpin",
+        "verify": "store.verify:verify",
+    },
     "vllm-args": "vllm_args:vllm_args",
 }
-_GROUPS: dict[str, str] = {}
+_GROUPS: dict[str, str] = {
+    "config": "Show, check and describe the configuration.",
+    "store": "Look after what tiers hold.",
+}
+_NAME = "droidspeak"
+# Set by the shell's completion function.
+_COMPLETE = "_DROIDSPEAK_COMPLETE"
 _STATUSES = (
     "Exit status: 0 done, 1 failed, 2 the call was wrong, 3 something was found, 4 not there, 5 cannot be"
     " reached, 6 declined, 130 interrupted."
 )
+_INTERRUPTED = 130
 _FAILURES: tuple[tuple[type[DroidSpeakError], int], ...] = (
     (UsageError, 2),
     (IdentityError, 2),
@@ -64,12 +92,12 @@ def _options(
 
 
 def _app(arguments: list[str]) -> typer.Typer:
-    """The command line with the command that `arguments` call, or with all if they call none."""
-    app = _group("Share KV caches between fine-tuned variants of one model.", name="droidspeak")
+    """The command line with the command that `arguments` call; of the others what they are for."""
+    app = _group("Share KV caches between fine-tuned variants of one model.", name=_NAME)
     app.callback(epilog=_STATUSES)(_options)
     words = [word for word in arguments if not word.startswith("-")]
-    for name in _called(words, _COMMANDS):
-        _add(app, name, _COMMANDS[name], words[1:])
+    for name, place in _COMMANDS.items():
+        _add(app, name, place, words)
     return app
 
 
@@ -84,41 +112,70 @@ def _group(help: str, name: str | None = None) -> typer.Typer:
     )
 
 
-def _called(words: list[str], commands: dict[str, Any]) -> list[str]:
-    return [words[0]] if words and words[0] in commands else list(commands)
-
-
 def _add(app: typer.Typer, name: str, place: str | dict[str, str], words: list[str]) -> None:
     if isinstance(place, dict):
         group = _group(_GROUPS[name])
-        for part in _called(words, place):
-            _add(group, part, place[part], [])
+        for part in place if words[:1] == [name] else ():
+            _add(group, part, place[part], words[1:])
         app.add_typer(group, name=name)
-        return
-    module, _, attribute = place.partition(":")
+    elif words[:1] == [name]:
+        _add_called(app, name, *place.split(":"))
+    else:
+        app.command(name, help=_purpose(*place.split(":")))(lambda: None)
+
+
+def _purpose(module: str, attribute: str) -> str:
+    """What a command or a group says of itself, without an import of it."""
+    source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == attribute:
+            return ast.get_docstring(node) or ""
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == attribute:
+            told = {keyword.arg: keyword.value for keyword in getattr(node.value, "keywords", ())}
+            return str(ast.literal_eval(told["help"]))
+    raise AssertionError(f"no {attribute} in {module}")
+
+
+def _add_called(app: typer.Typer, name: str, module: str, attribute: str) -> None:
     command = getattr(importlib.import_module(f"droidspeak.integrations.cli.{module}"), attribute)
     if isinstance(command, typer.Typer):
+        for registered in command.registered_commands:
+            registered.epilog = _STATUSES
+        command.info.epilog = _STATUSES
         app.add_typer(command)
     else:
         app.command(name, epilog=_STATUSES)(command)
+
+
+def _app_for(words: list[str]) -> typer.Typer:
+    """The command line for a call, or for the line that a shell asks to complete."""
+    if _COMPLETE not in os.environ:
+        return _app(words)
+    line = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")
+    return _app(line.split()[1:])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with its status."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(_app(words)(words, standalone_mode=False))
+        status = _app_for(words)(words, standalone_mode=False, prog_name=_NAME)
+        if status == _INTERRUPTED:  # typer has turned Ctrl-C into it
+            raise KeyboardInterrupt
+        sys.exit(status)
     except typer.TyperException as error:
-        note(f"error: {' '.join(error.format_message().split())}")
+        told = error.format_message()
+        # A group that is called without a command answers with its help.
+        note(told if told.startswith("Usage:") else f"error: {' '.join(told.split())}")
         sys.exit(error.exit_code)
     except DroidSpeakError as error:
         note(f"error: {error}")
         sys.exit(next(status for kind, status in _FAILURES if isinstance(error, kind)))
     except (typer.Abort, KeyboardInterrupt):
         note("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read the results has seen enough (`| head`); Python's own flush at exit must not fail too.
+        sys.exit(_INTERRUPTED)
+    except (BrokenPipeError, ReaderGone):
+        # Python's own flush at exit must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 

@@ -11,28 +11,22 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = [
     "Column",
     "Format",
     "FormatOption",
+    "ReaderGone",
     "note",
     "progress",
     "show_document",
@@ -86,6 +80,20 @@ class Column:
         return "-" if value is None else self.show(value)
 
 
+class ReaderGone(Exception):
+    """Whoever read the results has seen enough (`| head`). typer would call a broken pipe a failure."""
+
+
+@contextmanager
+def _reader() -> Iterator[None]:
+    """Inside, results are printed; at the end they have arrived. Raises `ReaderGone`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderGone from None
+
+
 def note(text: str) -> None:
     """One line for people, on standard error."""
     print(text, file=sys.stderr, flush=True)
@@ -93,6 +101,17 @@ def note(text: str) -> None:
 
 def progress(*, remaining: bool = False) -> Progress:
     """Progress bars on standard error, with the time left if asked; nothing where that is no terminal."""
+    # Imported where it is used: a streamed listing prints its first row sooner than rich is there.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description:<28}"),
@@ -108,12 +127,13 @@ def progress(*, remaining: bool = False) -> Progress:
 
 def show_document(format: Format, content: Mapping[str, Any], table: Callable[[], None]) -> None:
     """One result: JSON of `content`, on one line for `jsonl`; what `table` prints; nothing for `quiet`."""
-    if format is Format.JSON:
-        show_json(content)
-    elif format is Format.JSONL:
-        print(json.dumps(content))
-    elif format is Format.TABLE:
-        table()
+    with _reader():
+        if format is Format.JSON:
+            show_json(content)
+        elif format is Format.JSONL:
+            print(json.dumps(content))
+        elif format is Format.TABLE:
+            table()
 
 
 def show_rows(
@@ -134,8 +154,9 @@ def show_rows(
         How many there were.
     """
     counted = _Counted(rows)
-    for number, line in enumerate(_LINES[format](counted, columns, name, quiet)):
-        print(line, flush=number == 0)
+    with _reader():
+        for number, line in enumerate(_LINES[format](counted, columns, name, quiet)):
+            print(line, flush=number == 0)
     return counted.count
 
 
@@ -218,6 +239,10 @@ _LINES = {
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output; the first column is text, the others are figures."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for n, column in enumerate(columns):
         table.add_column(column, justify="left" if n == 0 else "right", overflow="fold")
@@ -226,7 +251,11 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*map(Text, row))
     console = Console()
     # A pipe has no width of its own; a folded table is of no use to grep.
-    Console(width=None if console.is_terminal else 160).print(table)
+    console = Console(width=None if console.is_terminal else 160)
+    with console.capture() as printed:
+        console.print(table)
+    # Not by rich itself, which takes a reader that is gone for a failure.
+    print(printed.get(), end="")
 
 
 def show_json(content: Any) -> None:

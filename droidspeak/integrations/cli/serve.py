@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from droidspeak.errors import UsageError
 from droidspeak.integrations.cli.output import note
 from droidspeak.integrations.server.daemon import Daemon
 from droidspeak.integrations.server.notify import sd_notify
+from droidspeak.telemetry.logs import start_logging
 
 __all__ = ["serve"]
 
@@ -39,13 +39,14 @@ def serve(
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as server.idle_timeout=600."),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text, or json: one object a line.")] = "text",
 ) -> None:
     """Serve LMCache's lm:// protocol, and HTTP, from our tiers.
 
     Prints `READY lm=HOST:PORT http=HOST:PORT` when it serves. SIGTERM drains and flushes; a second one ends
     at once.
     """
-    _start_logging(log_level)
+    start_logging(log_level, log_format)
     if device != "cpu":
         raise UsageError(f"device {device!r}; allowed: cpu. Tiers are set by --tier")
     listen = load_settings(config).server.listen
@@ -54,13 +55,6 @@ def serve(
     if no_http:
         settings = settings.model_copy(update={"server": settings.server.model_copy(update={"http": None})})
     _run(settings)
-
-
-def _start_logging(level: str) -> None:
-    levels = ("debug", "info", "warning", "error")
-    if level not in levels:
-        raise UsageError(f"log level {level!r}; allowed: {', '.join(levels)}")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def _run(settings: Settings) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from droidspeak.storage.container import Chunk, Slot, SlotKind
-from droidspeak.storage.keys import ChunkKey, SourceId
+from droidspeak.storage.keys import ChunkKey, SourceId, salt_tag
 
 __all__ = ["DTYPES", "assert_holds", "make_chunk", "make_key"]
 
@@ -38,6 +38,7 @@ def make_chunk(
     tokens: int = 16,
     dtype: torch.dtype = torch.bfloat16,
     codec: str = "raw",
+    salt: str = "",
 ) -> Chunk:
     """A small chunk of random bits (NaNs and infinities among them), the same for the same arguments.
 
@@ -45,6 +46,7 @@ def make_chunk(
         seed: of the content, and of the key if none is given.
         layers: layers with K and V, from 0.
         e_layers: layers whose E is stored too.
+        salt: its tag is kept with the chunk, as a connector does; it does not enter the key.
     """
     source = torch.Generator().manual_seed(seed)
 
@@ -54,7 +56,8 @@ def make_chunk(
 
     tensors = {slot: bits(tokens, _KV_HEADS, _HEAD_DIM) for slot in Slot.kv(range(layers))}
     tensors |= {Slot(SlotKind.E, layer): bits(tokens, _HIDDEN) for layer in e_layers}
-    return Chunk.encode(key or make_key(seed), tensors, codec=codec)
+    labels = {"salt": salt_tag(salt)} if salt else {}
+    return Chunk.encode(key or make_key(seed), tensors, codec=codec, labels=labels)
 
 
 def assert_holds(got: Chunk | None, expected: Chunk, slots: Collection[Slot] | None = None) -> None:

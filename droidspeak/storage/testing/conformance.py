@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import time_ns
 from typing import ClassVar
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, TierFull
 from droidspeak.storage.container import Chunk, Slot, SlotKind
 from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.selection import Condition, Selection
 from droidspeak.storage.testing.chunks import DTYPES, assert_holds, make_chunk, make_key
 from droidspeak.storage.tier import ChunkInfo, Tier
 
@@ -78,6 +80,9 @@ class TierConformance:
     def drop(self, tier: Tier, key: ChunkKey) -> None:  # noqa: ARG002
         """Removes a stored object behind `tier`'s back. Optional."""
         pytest.skip("this tier cannot lose an object behind its back")
+
+    def settle(self, tier: Tier) -> None:
+        """Waits until what was written is where it stays. For tiers that write in the background."""
 
     def cost(self, chunk: Chunk) -> int:
         """Bytes that `chunk` takes of the tier's capacity."""
@@ -198,6 +203,61 @@ class TierConformance:
         assert tier.leading(keys[6:]) == [ChunkInfo.of(chunk) for chunk in chunks[6:]]
         assert tier.leading(keys[5:]) == tier.leading([]) == []
 
+    def test_records_tell_of_every_chunk(self, tier: Tier) -> None:
+        chunks = [make_chunk(seed, e_layers=range(seed % 3), salt=f"tenant {seed % 2}") for seed in range(5)]
+        assert list(tier.records()) == []
+        start = time_ns()
+        for chunk in chunks:
+            tier.write(chunk)
+        self.settle(tier)
+        tier.pin(chunks[0].key)
+        found = {record.info.key: record for record in tier.records()}
+        assert found.keys() == {chunk.key for chunk in chunks}
+        for chunk in chunks:
+            record = found[chunk.key]
+            assert record.info == ChunkInfo.of(chunk)
+            assert record.info.slots in (None, chunk.header.slot_bytes)
+            assert record.info.tier
+            # An object store's clock may be another one, and tell whole seconds.
+            assert record.created is None or abs(record.created - start) < 3600 * 10**9
+            assert record.used is None or record.created is None or record.used >= record.created
+            assert record.pinned in (None, chunk is chunks[0])
+            assert record.hits in (None, 0)
+
+    def test_selecting_is_what_the_records_say(self, tier: Tier) -> None:
+        for seed in range(12):
+            tier.write(make_chunk(seed, layers=1 + seed % 4, e_layers=range(seed % 2), salt="s" * (seed % 2)))
+        self.settle(tier)
+        records = list(tier.records())
+        for conditions in (
+            (),
+            (Condition("e", "=", 0),),
+            (Condition("size", ">", records[0].info.nbytes), Condition("salt", "!=", "")),
+            (Condition("source", "=", (records[0].info.key.source[:9],)),),
+            (Condition("prefix", "!=", (records[0].info.key.prefix[:5],)),),
+        ):
+            for sort, descending, limit in ((None, False, None), ("size", True, 5), ("prefix", False, None)):
+                selection = Selection(conditions, sort, descending, limit)
+                keys = [record.info.key for record in tier.select(selection)]
+                assert keys == [record.info.key for record in selection.of(records)] or sort is None
+                assert sorted(keys) == sorted(record.info.key for record in selection.of(records))
+
+    def test_sources_and_kinds_add_up(self, tier: Tier) -> None:
+        chunks = [make_chunk(seed, key=make_key(seed, source=seed % 2), e_layers=(1,)) for seed in range(5)]
+        for chunk in chunks:
+            tier.write(chunk)
+        self.settle(tier)
+        records = list(tier.records())
+        told = {source: (usage.chunks, usage.nbytes) for source, usage in tier.sources().items()}
+        kinds = tier.slot_bytes()
+        assert len(told) == 2
+        for source, sums in told.items():
+            infos = [record.info for record in records if record.info.key.source == source]
+            assert sums == (len(infos), sum(info.nbytes for info in infos))
+            known = [info.slots for info in infos if info.slots]
+            assert list(kinds[source]) == [sum(column) for column in zip(*known, strict=True)]
+        assert sum(usage.nbytes for usage in tier.by_tier().values()) == tier.usage().nbytes
+
     def test_keys_usage_and_delete(self, tier: Tier) -> None:
         chunks = [make_chunk(seed, e_layers=range(seed % 3)) for seed in range(5)]
         for count, chunk in enumerate(chunks, 1):
@@ -211,6 +271,16 @@ class TierConformance:
             assert tier.read(chunk.key) is None
         assert list(tier.keys()) == []
         assert tier.usage().nbytes == 0
+
+    def test_what_was_replaced_since_it_was_listed_stays(self, tier: Tier) -> None:
+        for seed in range(4):
+            tier.write(make_chunk(seed))
+        listed = list(tier.records())
+        tier.delete(make_key(0))
+        tier.write(make_chunk(1, layers=3))
+        left = {record.info.key for record in tier.delete_unused(listed)}
+        assert left == {make_key(2), make_key(3)}
+        assert list(tier.keys()) == [make_key(1)]
 
     def test_a_pinned_chunk_can_be_deleted(self, tier: Tier) -> None:
         chunk = make_chunk(1)

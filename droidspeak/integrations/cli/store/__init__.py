@@ -1,0 +1,1 @@
+"""`droidspeak store`: what tiers hold, and changes of it."""
