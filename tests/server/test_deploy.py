@@ -39,7 +39,7 @@ def unit() -> configparser.ConfigParser:
 
 
 def compose() -> dict[str, Any]:
-    text = re.sub(r"\$\{DROIDSPEAK_METRICS_TOKEN:\?[^}]*\}", TOKEN, (DEPLOY / "compose.yaml").read_text())
+    text = re.sub(r"\$\{\w+:\?[^}]*\}", TOKEN, (DEPLOY / "compose.yaml").read_text())
     return yaml.safe_load(text)
 
 
