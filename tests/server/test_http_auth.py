@@ -55,6 +55,14 @@ def guarded() -> Iterator[Serving]:
         yield served
 
 
+REPORT = {
+    "id": "0" * 32,
+    "engine": "mine",
+    "started": "2026-11-01T00:00:00Z",
+    "updated": "2026-11-01T00:00:00Z",
+}
+
+
 class Endpoint(NamedTuple):
     method: str
     path: str
@@ -82,6 +90,9 @@ ENDPOINTS = [
     Endpoint("POST", PATH + "/quarantine", "write"),
     Endpoint("POST", "/v1/evict", "admin", body={"tier": "cpu", "nbytes": 1}),
     Endpoint("GET", "/v1/config", "admin", whole_daemon=True),
+    Endpoint("GET", "/v1/reports", "read"),
+    Endpoint("PUT", f"/v1/reports/{REPORT['id']}", "write", body=REPORT),
+    Endpoint("GET", "/", "read"),
 ]
 IDS = [f"{endpoint.method} {endpoint.path.split('?')[0].replace(PATH, 'KEY')}" for endpoint in ENDPOINTS]
 
@@ -94,6 +105,7 @@ def test_every_endpoint_is_in_the_matrix():
         for method in operations
     }
     shown = {name.replace("KEY", "/v1/chunks/{source}/{shard}/{prefix}") for name in IDS}
+    shown = {name.replace(REPORT["id"], "{id}") for name in shown}
     assert shown - {"GET /openapi.json"} == described
 
 
@@ -119,7 +131,7 @@ def test_without_a_known_token_only_health_answers(guarded, endpoint, shown):
         assert answer.status == 200
         return
     assert answer.status == 401
-    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.headers["WWW-Authenticate"].startswith("Basic" if endpoint.path == "/" else "Bearer")
     if endpoint.method != "HEAD":
         assert answer.refusal == (401, "unauthorized")
 

@@ -343,6 +343,9 @@ def test_leading_stops_at_the_first_gap(served):
         "e_layers": [1],
         "codec": "raw",
         "tier": "cpu",
+        "salt": "",
+        "slots": make_chunk(0).header.slot_bytes._asdict(),
+        **dict.fromkeys(("created", "used", "hits", "pinned")),
     }
     assert served.client.ask("POST", "/v1/leading", {"keys": []}).json == {"chunks": []}
 
@@ -382,7 +385,7 @@ def test_usage(served):
     assert served.store.flush()
     get(served)
     told = served.client.ask("GET", "/v1/usage").json
-    row = {"answers": True, "chunks": 1, "nbytes": len(DATA)}
+    row = {"answers": True, "chunks": 1, "nbytes": len(DATA), "pinned": 0}
     assert told["tenant"] == ""
     assert told["tiers"] == [
         {"name": "cpu", **row, "capacity": 64 * MIB},
@@ -394,7 +397,7 @@ def test_usage(served):
 # Tiers that fail
 
 EVERY_CALL = ("head", "leading", "read", "write", "delete", "keys", "usage", "pin", "unpin")
-EVERY_CALL += ("evict", "quarantine")
+EVERY_CALL += ("evict", "quarantine", "records")
 KEY = path_of(BIG.key)
 OF_A_STORE = [
     ("GET", KEY, None),

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from droidspeak.config import Address
 from droidspeak.errors import ConfigError
 from droidspeak.integrations.server.channel import Channel
+from droidspeak.logs import limited
 from droidspeak.storage import Counters
 
 __all__ = ["Crowd", "Listener", "listening"]
 
-_log = logging.getLogger(__name__)
+_log = limited(logging.getLogger(__name__))
 _BACKLOG = 1024
 
 

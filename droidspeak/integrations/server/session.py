@@ -101,6 +101,9 @@ class Session:
             self._get(request.key)
         else:
             self._say(HIT if not fault and self._is_there(request) else MISS)
+        if _log.isEnabledFor(logging.DEBUG):
+            parts = {"command": request.command.name.lower(), "refused": fault, "bytes": request.length}
+            _log.debug("lm %(command)s", parts, extra=parts)
 
     # PUT
 

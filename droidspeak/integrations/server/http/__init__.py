@@ -2,7 +2,7 @@
 
 serving      uvicorn in a thread of its own, and its connections' bounds (`connection`)
 gate         who is it (`auth`), how much may come in, what is counted
-app          the endpoints: `chunks`, `listing`, `admin`, `health`
+app          the endpoints: `chunks`, `listing`, `admin`, `health`, `reports`, and `page`, the status page
 bodies       payloads in and out, inside the budget of bytes, without joining copies
 """
 
@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] in (
         "fastapi",
         "httptools",
+        "jinja2",
         "prometheus_client",
         "starlette",
         "uvicorn",

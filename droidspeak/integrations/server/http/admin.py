@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
+from droidspeak.config.masking import masked
 from droidspeak.errors import StorageError
 from droidspeak.integrations.server.http.auth import Access, Needs, NeedsDaemon
 from droidspeak.integrations.server.http.refusals import RETRY_AFTER, Reason, Refusal, documented
@@ -14,9 +14,6 @@ from droidspeak.integrations.server.http.schemas import EvictAnswer, EvictReques
 from droidspeak.storage import Tier
 
 __all__ = ["router"]
-
-_SECRETS = frozenset({"salt", "token", "sha256", "password", "secret"})
-_HIDDEN = "**********"
 
 router = APIRouter(tags=["administration"])
 
@@ -46,11 +43,5 @@ def evict(access: Annotated[Access, Depends(Needs("admin"))], asked: EvictReques
 @router.get("/v1/config", dependencies=[Depends(NeedsDaemon("admin"))], responses=documented())
 def config(request: Request) -> dict[str, Any]:
     """The settings as they were resolved. Secrets are shown as `**********`."""
-    settings: dict[str, Any] = _masked(request.app.state.daemon.settings.model_dump(mode="json"))
+    settings: dict[str, Any] = masked(request.app.state.daemon.settings.model_dump(mode="json"))
     return settings
-
-
-def _masked(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _HIDDEN if key in _SECRETS and part else _masked(part) for key, part in value.items()}
-    return [_masked(part) for part in value] if isinstance(value, list) else value

@@ -10,10 +10,11 @@ from starlette.exceptions import HTTPException
 from droidspeak import __version__
 from droidspeak.errors import DroidSpeakError
 from droidspeak.integrations.server.budget import OverBudget
-from droidspeak.integrations.server.http import admin, chunks, health, listing
+from droidspeak.integrations.server.http import admin, chunks, health, listing, page, reports
 from droidspeak.integrations.server.http.auth import Doorkeeper
 from droidspeak.integrations.server.http.gate import Gate
 from droidspeak.integrations.server.http.metrics import registry_of
+from droidspeak.integrations.server.http.page import PageSource
 from droidspeak.integrations.server.http.refusals import answer_refusal
 from droidspeak.integrations.server.state import DaemonState
 from droidspeak.storage import Counters
@@ -47,8 +48,9 @@ def make_app(state: DaemonState, counters: Counters | None = None) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.daemon, app.state.counters = state, counters
+    app.state.known_reports, app.state.page = set(), PageSource(state)
     app.state.registry = registry_of(state, counters)
-    for part in (health, chunks, listing, admin):
+    for part in (health, chunks, listing, admin, reports, page):
         app.include_router(part.router)
     for kind in (HTTPException, RequestValidationError, DroidSpeakError, OverBudget, Exception):
         app.add_exception_handler(kind, answer_refusal)

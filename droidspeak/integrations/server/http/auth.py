@@ -6,6 +6,7 @@ it needs (`Needs`), and gets the store of the tenant in question.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -50,17 +51,25 @@ class Doorkeeper:
     def __init__(self, tokens: Sequence[TokenSettings]) -> None:
         self._known = [(token.digest, Caller(token.tenant, frozenset(token.scopes))) for token in tokens]
 
-    def admit(self, authorization: bytes | None, host: bytes | None) -> Caller:
-        """Who sends these headers. Raises `Refusal`."""
+    def admit(self, authorization: bytes | None, host: bytes | None, *, page: bool = False) -> Caller:
+        """Who sends these headers. Raises `Refusal`.
+
+        Args:
+            page: what is asked for is the page that only shows, and may be asked for by a browser, with the
+                token as a password. A browser would send that along with whatever another site makes it ask:
+                no other path takes it.
+        """
         if not self._known:
             if host is not None and not _is_local_name(host.decode("latin-1")):
                 raise Refusal(403, Reason.FORBIDDEN, "without tokens, Host must be localhost or an address")
             return ANYONE
-        scheme, _, token = (authorization or b"").partition(b" ")
-        caller = self._caller(token.strip()) if scheme.lower() == b"bearer" else None
+        scheme, _, told = (authorization or b"").partition(b" ")
+        token = told.strip() if scheme.lower() == b"bearer" else None
+        if page and scheme.lower() == b"basic":
+            token = _password(told.strip())
+        caller = None if token is None else self._caller(token)
         if caller is None:
-            message = "a token is needed: Authorization: Bearer TOKEN"
-            raise Refusal(401, Reason.UNAUTHORIZED, message, {"WWW-Authenticate": "Bearer"})
+            raise _unknown(page)
         return caller
 
     def _caller(self, token: bytes) -> Caller | None:
@@ -68,6 +77,23 @@ class Doorkeeper:
         digest = hashlib.sha256(token).digest()
         found = [caller for known, caller in self._known if hmac.compare_digest(known, digest)]
         return found[0] if found else None
+
+
+def _password(credentials: bytes) -> bytes | None:
+    """The password in the credentials of HTTP's basic scheme (RFC 7617); whose it is does not matter."""
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return None
+
+
+def _unknown(page: bool) -> Refusal:
+    message = "a token is needed: Authorization: Bearer TOKEN"
+    if not page:
+        return Refusal(401, Reason.UNAUTHORIZED, message, {"WWW-Authenticate": "Bearer"})
+    message += "; a browser asks for it: any user name, and the token as password"
+    challenge = {"WWW-Authenticate": 'Basic realm="DroidSpeak", charset="UTF-8"'}
+    return Refusal(401, Reason.UNAUTHORIZED, message, challenge)
 
 
 def _is_local_name(host: str) -> bool:

@@ -56,7 +56,8 @@ class Gate:
         finally:
             operation = getattr(scope.get("route"), "name", "none")
             self._counters.add("requests", f"{operation} {status}")
-            _log.debug("%s %r %d", scope["method"], scope["path"], status)
+            parts = {"operation": operation, "code": status, "method": scope["method"], "path": scope["path"]}
+            _log.debug("%s %r %d", scope["method"], scope["path"], status, extra=parts)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -70,12 +71,14 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         if scope["path"] not in _OPEN_TO_ALL:
-            caller = self._doorkeeper.admit(headers.get(b"authorization"), headers.get(b"host"))
+            caller = self._doorkeeper.admit(
+                headers.get(b"authorization"), headers.get(b"host"), page=_is_page(scope)
+            )
             scope.setdefault("state", {})["caller"] = caller
         if b"transfer-encoding" in headers:
             # What comes after is not waited for.
             raise Refusal(411, Reason.BAD_REQUEST, "a body needs Content-Length", {"Connection": "close"})
-        if scope["method"] != "PUT" and int(headers.get(b"content-length", b"0")) > _MOST_JSON:
+        if not _is_chunk(scope) and int(headers.get(b"content-length", b"0")) > _MOST_JSON:
             message = f"a body of {int(headers[b'content-length'])} bytes; allowed are {_MOST_JSON}"
             raise Refusal(413, Reason.TOO_LARGE, message, {"Connection": "close"})
 
@@ -104,3 +107,12 @@ class Gate:
     def _stalled(self) -> Refusal:
         told = f"less than {STRIDE} bytes in {self._stall_timeout:g} s"
         return Refusal(408, Reason.TIMEOUT, told, {"Connection": "close"})
+
+
+def _is_chunk(scope: Scope) -> bool:
+    """Whether a container comes, which is bounded where it is received."""
+    return scope["method"] == "PUT" and str(scope["path"]).startswith("/v1/chunks/")
+
+
+def _is_page(scope: Scope) -> bool:
+    return scope["path"] == "/" and scope["method"] in ("GET", "HEAD")

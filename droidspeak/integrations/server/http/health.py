@@ -65,5 +65,5 @@ def _answers(store: TieredStore) -> bool:
     },
 )
 def metrics(request: Request) -> Response:
-    """What Prometheus scrapes; the names are in docs/http-api.md."""
+    """What Prometheus scrapes; the names are in docs/metrics.md."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
@@ -17,13 +18,15 @@ from droidspeak.integrations.server.http.auth import Access, Needs
 from droidspeak.integrations.server.http.refusals import Reason, Refusal, documented
 from droidspeak.integrations.server.http.schemas import DIGEST, ChunkAnswer, LeadingAnswer, LeadingRequest
 from droidspeak.integrations.server.objects import key_of
+from droidspeak.logs import limited
 from droidspeak.storage import ChunkKey, TieredStore
 
 __all__ = ["router"]
 
-_log = logging.getLogger(__name__)
+_log = limited(logging.getLogger(__name__))
 _AT_ONCE = 256
 _NDJSON = "application/x-ndjson"
+_PARAMETERS = {"source", "limit", "detail", "copies", "tenant"}
 
 router = APIRouter(tags=["lookup"])
 Reading = Annotated[Access, Depends(Needs("read"))]
@@ -53,17 +56,27 @@ class LinesResponse(StreamingResponse):
     },
 )
 def list_chunks(
+    request: Request,
     access: Reading,
     source: Annotated[
         str | None, Query(pattern=f"^{DIGEST}$", description="Only of this source model.")
     ] = None,
     limit: Annotated[int | None, Query(ge=1, le=2**31, description="At most so many.")] = None,
     detail: Annotated[bool, Query(description="More than the key.")] = True,
+    copies: Annotated[
+        bool,
+        Query(description="A line for each tier that holds a chunk, not one for the chunk; with all detail."),
+    ] = False,
 ) -> LinesResponse:
     """All chunks, as a stream."""
-    keys = access.store.keys()
-    found = (key for key in keys if source in (None, key.source))
-    lines = _lines(access.store, islice(found, limit), detail)
+    if unknown := sorted(request.query_params.keys() - _PARAMETERS):
+        # One that is misspelt would list everything.
+        raise Refusal(
+            422, Reason.BAD_REQUEST, f"query.{unknown[0]}: allowed: {', '.join(sorted(_PARAMETERS))}"
+        )
+    records = _records(access.store, copies=copies) if detail or copies else _keys(access.store)
+    found = (line for chunk, line in records if source in (None, chunk.source))
+    lines = _lines(islice(found, limit))
     # What fails at once is answered as an error.
     first = next(lines, b"")
     return LinesResponse(_all(first, lines))
@@ -74,17 +87,23 @@ def _all(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield from rest
 
 
-def _lines(store: TieredStore, keys: Iterator[ChunkKey], detail: bool) -> Iterator[bytes]:
-    while some := list(islice(keys, _AT_ONCE)):
-        yield "".join(_line(store, key, detail) for key in some).encode()
+def _keys(store: TieredStore) -> Iterator[tuple[ChunkKey, Callable[[], str]]]:
+    return ((key, partial(json.dumps, {"key": str(key)})) for key in iter(store.keys()))
 
 
-def _line(store: TieredStore, key: ChunkKey, detail: bool) -> str:
-    if not detail:
-        return json.dumps({"key": str(key)}) + "\n"
-    info = store.head(key)
-    # It may have left since it was listed.
-    return "" if info is None else ChunkAnswer.of(info).model_dump_json() + "\n"
+def _records(store: TieredStore, *, copies: bool) -> Iterator[tuple[ChunkKey, Callable[[], str]]]:
+    seen: set[ChunkKey] = set()
+    for record in store.records():
+        key = record.info.key
+        if copies or key not in seen:
+            yield key, ChunkAnswer.of_record(record).model_dump_json
+        if not copies:
+            seen.add(key)
+
+
+def _lines(found: Iterator[Callable[[], str]]) -> Iterator[bytes]:
+    while some := list(islice(found, _AT_ONCE)):
+        yield "".join(f"{line()}\n" for line in some).encode()
 
 
 @router.post("/v1/leading", responses=documented())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from droidspeak.storage import ChunkInfo, ChunkKey, SourceId, TierUsage
+from droidspeak.storage.tier import ChunkRecord
 
 __all__ = [
     "ChunkAnswer",
@@ -59,6 +61,14 @@ class EvictRequest(_Request):
     nbytes: int = Field(ge=1, le=_MOST_BYTES, description="Bytes to free.")
 
 
+class SlotBytesAnswer(BaseModel):
+    """Stored bytes of a chunk's slots."""
+
+    k: int = Field(ge=0, description="Keys.")
+    v: int = Field(ge=0, description="Values.")
+    e: int = Field(ge=0, description="Hidden states (E).")
+
+
 class ChunkAnswer(BaseModel):
     """What is known of a chunk without reading its payload."""
 
@@ -68,6 +78,20 @@ class ChunkAnswer(BaseModel):
     e_layers: list[int] = Field(description="Layers whose E cache is stored.")
     codec: str = Field(description="Codec of the stored slots.")
     tier: str | None = Field(description="Tier that holds it; null while it waits to be written.")
+    salt: str = Field(description="Tag of the tenant's salt, empty for none; the salt itself is nowhere.")
+    slots: SlotBytesAnswer | None = Field(description="Bytes by kind; null where the tier does not know.")
+    created: datetime | None = Field(
+        default=None, description="When it was written; this and the next are told by listings only."
+    )
+    used: datetime | None = Field(default=None, description="When it was used last.")
+    hits: int | None = Field(default=None, ge=0, description="Uses that the eviction policy remembers.")
+    pinned: bool | None = Field(default=None, description="Whether it is kept from eviction.")
+
+    @classmethod
+    def of_record(cls, record: ChunkRecord) -> ChunkAnswer:
+        """As a listing tells it."""
+        told = {"created": _moment(record.created), "used": _moment(record.used)}
+        return cls.of(record.info).model_copy(update={**told, "hits": record.hits, "pinned": record.pinned})
 
     @classmethod
     def of(cls, info: ChunkInfo) -> ChunkAnswer:
@@ -78,7 +102,13 @@ class ChunkAnswer(BaseModel):
             e_layers=list(info.e_layers),
             codec=info.codec,
             tier=info.tier,
+            salt=info.salt,
+            slots=None if info.slots is None else SlotBytesAnswer(**info.slots._asdict()),
         )
+
+
+def _moment(nanoseconds: int | None) -> datetime | None:
+    return None if nanoseconds is None else datetime.fromtimestamp(nanoseconds / 1e9, UTC)
 
 
 class LeadingAnswer(BaseModel):
@@ -95,12 +125,16 @@ class TierAnswer(BaseModel):
     chunks: int | None = Field(ge=0)
     nbytes: int | None = Field(ge=0, description="Bytes held.")
     capacity: int | None = Field(ge=0, description="Bytes; null where the tier sets no bound.")
+    pinned: int | None = Field(
+        default=None, ge=0, description="Bytes kept from eviction; null where the tier does not know."
+    )
 
     @classmethod
     def of(cls, name: str, usage: TierUsage | None) -> TierAnswer:
         if usage is None:
             return cls(name=name, answers=False, chunks=None, nbytes=None, capacity=None)
-        return cls(name=name, answers=True, chunks=usage.chunks, nbytes=usage.nbytes, capacity=usage.capacity)
+        held = {"chunks": usage.chunks, "nbytes": usage.nbytes, "capacity": usage.capacity}
+        return cls(name=name, answers=True, pinned=usage.pinned, **held)
 
 
 class UsageAnswer(BaseModel):
