@@ -10,7 +10,7 @@ from benchmarks.measure import Series, interleaved, table
 from benchmarks.ttft import LAYERS, random_model
 from droidspeak.integrations.transformers import Decoder, PrefixKV, capture, partial_prefill
 from droidspeak.integrations.transformers.cacheblend import blend
-from droidspeak.integrations.transformers.mapped import MappedSource
+from droidspeak.integrations.transformers.mapped import mapped_source
 from droidspeak.layerselect import CacheBlend, Group, Plan
 from droidspeak.layerselect.mapfeatures import MapFeatures, columns
 from droidspeak.layerselect.mapping import Maps
@@ -42,7 +42,7 @@ def _calls(
         return lambda: partial_prefill(plan, receiver, ids, sent)
 
     def mapped(maps: Maps, part: str) -> Callable[[], object]:
-        return lambda: getattr(MappedSource(sent, maps, receiver, ids), part)(_START)
+        return lambda: getattr(mapped_source(sent, maps, receiver, ids), part)(_START)
 
     calls: dict[str, Callable[[], object]] = {"full": lambda: receiver.prefill(ids)}
     for size, plan in plans.items():

@@ -4,7 +4,9 @@
     .venv-vllm/bin/python -m benchmarks.vllm --quick    short prompts and few rounds, printed only
 
 Three engines run one after the other, each in a process of its own: the sender saves K, V and E of one
-prompt, the receiver saves another one of its own, and a later receiver measures everything in turn.
+prompt, the receiver saves another one of its own, and a later receiver measures everything in turn. The
+report ends with the logits of every group (`benchmarks.vllm_groups`) and with quality
+(`benchmarks.vllm_quality`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import vllm_groups, vllm_quality
 from benchmarks.measure import Series, interleaved, machine, table
 from droidspeak.integrations.vllm_connector.arguments import Role, engine_arguments
 from droidspeak.layerselect import FrontierPoint, Group, Plan, Policy
@@ -322,7 +325,10 @@ def main() -> None:
             stage(name, task)
         measured = stage("measure", task)
     series = {name: Series(tuple(seconds)) for name, seconds in measured["seconds"].items()}
-    text = report(task, series, measured["machine"])
+    parts = [report(task, series, measured["machine"])]
+    if not options.quick:
+        parts += [vllm_groups.section(), vllm_quality.section()]
+    text = "\n".join(parts)
     print(text)
     if not options.quick:
         REPORT.write_text(text)

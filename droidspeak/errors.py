@@ -99,7 +99,14 @@ class StorageError(DroidSpeakError):
 
 
 class ChunkCorrupt(StorageError, ValueError):
-    """Bytes that are not the chunk that was stored: checksum, shape, key or length differ."""
+    """Bytes that are not the chunk that was stored: checksum, shape, key or length differ.
+
+    `kind` tells `truncated` and `wrong_key` from all else that is `corrupt`.
+    """
+
+    def __init__(self, message: str, kind: str = "corrupt") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ChunkIncomplete(StorageError, LookupError):

@@ -1,11 +1,37 @@
-"""A real S3 endpoint on loopback (moto), one for the whole session."""
+"""What many tests need: a real S3 endpoint on loopback (moto), spans, and warnings that are not left out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+from droidspeak import logs
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_not_left_out() -> None:
+    """What one test has warned of must not keep the next one's warning back."""
+    logs.forget_all()
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    """OpenTelemetry spans that have ended, in this order."""
+    trace = pytest.importorskip("opentelemetry.sdk.trace")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export")
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporter, provider = memory.InMemorySpanExporter(), trace.TracerProvider()
+    provider.add_span_processor(export.SimpleSpanProcessor(exporter))
+    # A process sets its provider once and for all.
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    yield exporter
+    provider.shutdown()
 
 
 @pytest.fixture(scope="session")

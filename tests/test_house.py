@@ -16,16 +16,19 @@ from droidspeak import errors
 
 PACKAGE = Path(droidspeak.__file__).parent
 
-# What each part may import of the others. `errors` and `prompts` lie under the ground floor.
-GROUND = {"errors", "prompts"}
+# What each part may import of the others. `errors`, `logs`, `prompts`, `tracing` lie under the ground floor.
+GROUND = {"errors", "logs", "prompts", "tracing"}
 MAY_IMPORT = {
     "errors": set(),
+    "logs": set(),
+    "tracing": set(),
     "prompts": {"errors"},
     "storage": GROUND,
     "layerselect": GROUND,
     "connector": GROUND | {"storage", "layerselect"},
     "config": GROUND | {"storage", "layerselect", "connector"},
-    "integrations": GROUND | {"storage", "layerselect", "connector", "config"},
+    "telemetry": GROUND | {"storage", "layerselect", "connector"},
+    "integrations": GROUND | {"storage", "layerselect", "connector", "config", "telemetry"},
 }
 # The command line is the front of the house: it opens every door. The doors do not know each other.
 DOORS = {"transformers", "vllm_connector", "lmcache_plugin", "server", "sglang_backend"}
@@ -85,6 +88,7 @@ EXPORTS = {
         "cache_folder",
         "require_compatible",
     ],
+    "droidspeak.telemetry": ["METRICS", "MetricRow", "metrics_table"],
     "droidspeak.integrations.transformers": [
         "Decoder",
         "DroidSpeak",
@@ -178,9 +182,13 @@ def test_error_tree():
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("droidspeak.storage", ["transformers", "boto3", "fastapi", "lmcache", "urllib3", "vllm"]),
+        ("droidspeak.storage", ["torch", "numpy", "pydantic"]),
+        ("droidspeak.storage.disk", ["torch", "numpy", "pydantic"]),
+        ("droidspeak.storage.tiered", ["transformers", "boto3", "fastapi", "lmcache", "urllib3", "vllm"]),
         ("droidspeak.layerselect", ["torch", "transformers"]),
-        ("droidspeak.connector", ["transformers", "boto3"]),
+        ("droidspeak.connector.connector", ["transformers", "boto3", "opentelemetry"]),
+        ("droidspeak.config", ["torch", "numpy", "transformers"]),
+        ("droidspeak.telemetry", ["prometheus_client", "torch", "opentelemetry"]),
         ("droidspeak.integrations.transformers", ["lmcache", "vllm"]),
     ],
 )
@@ -188,6 +196,48 @@ def test_optional_parts_are_not_imported(module, forbidden):
     code = f"import {module}, sys; print([name for name in {forbidden!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["store ls", "store ls --sort size:desc", "store df -v", "store top", "--help", "store --help"],
+)
+def test_looking_at_a_disk_store_needs_no_torch(tmp_path, arguments):
+    from droidspeak.storage.disk import DiskTier
+    from droidspeak.storage.testing import make_chunk
+
+    with DiskTier(tmp_path, min_free=0) as tier:
+        tier.write(make_chunk(0))
+    words = arguments.split() + ([] if "--help" in arguments else ["--store", f"disk://{tmp_path}"])
+    code = (
+        "import sys; from droidspeak.integrations.cli.main import main\n"
+        f"try: main({words!r})\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'droidspeak.config', 'fastapi'}\n"
+        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "[]"
+    assert "Usage" in result.stdout or make_chunk(0).key.source[:12] in result.stdout
+
+
+def test_lazy_parts_have_what_they_name():
+    for name in ("droidspeak.storage", "droidspeak.connector"):
+        module = importlib.import_module(name)
+        assert set(module.__all__) <= set(dir(module))
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = module.nothing
+        # The type checker's imports, and those that happen, name the same places.
+        tree = ast.parse(Path(module.__file__ or "").read_text())
+        named = {
+            alias.name: node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(name)
+            for alias in node.names
+        }
+        assert sorted(named) == sorted(module.__all__)
+        for exported, place in named.items():
+            assert getattr(importlib.import_module(place), exported) is getattr(module, exported)
 
 
 def test_root_links_show_the_parts():

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+
+from droidspeak.storage import Counters
 
 __all__ = ["Bandwidths", "Transfer", "TransferClock"]
 
@@ -68,10 +70,14 @@ class _Flow:
 
 
 class Bandwidths:
-    """Estimates by tier name. Threads may share it."""
+    """Estimates by tier name. Threads may share it.
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+    Args:
+        counters: gets `load_bytes` and `load_ns` of all transfers, by tier.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic, counters: Counters | None = None) -> None:
+        self._now, self._counters = now, counters
         self._lock = threading.Lock()
         self._flows: dict[str, _Flow] = {}
 
@@ -79,6 +85,9 @@ class Bandwidths:
         """Takes a finished transfer; each counts 0.7 of what the next one does, by its size."""
         if not transfer.nbytes or transfer.seconds <= 0:
             return
+        if self._counters is not None:
+            self._counters.add("load_bytes", transfer.tier, transfer.nbytes)
+            self._counters.add("load_ns", transfer.tier, int(transfer.seconds * 1e9))
         with self._lock:
             flow = self._known(transfer.tier) or _Flow(0.0, 0.0, 0.0)
             self._flows[transfer.tier] = _Flow(
@@ -93,11 +102,14 @@ class Bandwidths:
 
     def over(self, tiers: Collection[str]) -> float | None:
         """Bytes per second of equal parts from each of `tiers` in turn; `None` if one is not known."""
-        speeds = [self.get(tier) for tier in tiers]
-        known = [speed for speed in speeds if speed is not None]
-        if not known or len(known) < len(speeds):
-            return None
-        return len(known) / sum(1 / speed for speed in known)
+        parts = Counter(tiers)
+        seconds = 0.0
+        for tier, count in parts.items():
+            speed = self.get(tier)
+            if speed is None:
+                return None
+            seconds += count / speed
+        return len(tiers) / seconds if parts else None
 
     def _known(self, tier: str) -> _Flow | None:
         flow = self._flows.get(tier)

@@ -2,7 +2,7 @@
 
     match = connector.lookup(token_ids, receiver)      which chunks, which plan
     with connector.load(match) as stream: ...          layer by layer
-    connector.record(outcome)                          always one answer, always counted
+    connector.record(outcome, match)                   always one answer, always counted
     session = connector.save(token_ids, source)        after the model's own prefill
 
 Only exact caches are saved; what a plan mixed stays with its request.
@@ -11,22 +11,36 @@ Only exact caches are saved; what a plan mixed stays with its request.
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from droidspeak.connector.bandwidth import Bandwidths
-from droidspeak.connector.layout import RowLayout, shard_count
+from droidspeak.connector.layout import RowLayout
 from droidspeak.connector.match import Match
+from droidspeak.connector.options import ConnectorOptions
+from droidspeak.connector.reporter import Reporter
 from droidspeak.connector.saver import Publisher, SaveSession
+from droidspeak.connector.shards import Shard
 from droidspeak.connector.status import Outcome, Reason
 from droidspeak.connector.stream import LayerStream
-from droidspeak.errors import ConfigError, Incompatible, StorageError
-from droidspeak.layerselect import Plan, Policy, PolicySet, Requirement, Situation, choose
+from droidspeak.connector.tally import Tally, log_request, match_attributes
+from droidspeak.errors import Incompatible, StorageError
+from droidspeak.layerselect import (
+    Plan,
+    Policy,
+    PolicySet,
+    Requirement,
+    Situation,
+    choose,
+    predicted_ttft,
+)
 from droidspeak.layerselect.drift import DriftGuard
+from droidspeak.logs import limited
 from droidspeak.storage import (
-    DEFAULT_CHUNK_SIZE,
     ChunkInfo,
     ChunkKey,
     Counters,
@@ -36,48 +50,13 @@ from droidspeak.storage import (
     Tier,
     require_compatible,
 )
-from droidspeak.storage.codecs import get_codec, is_lossless
-from droidspeak.storage.keys import TokenIds
+from droidspeak.storage.codecs import is_lossless
+from droidspeak.storage.keys import TokenIds, salt_tag
+from droidspeak.tracing import long_span, span
 
 __all__ = ["Connector", "ConnectorOptions"]
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ConnectorOptions:
-    """How chunks are cut, coded, loaded and saved.
-
-    Attributes:
-        chunk_size: tokens per chunk; sender and receiver must agree.
-        codec: of what this process saves; everything can be read.
-        load_deadline: seconds until a stream gives up.
-        loaders: threads per stream.
-        save_backlog: bytes that may wait to be saved; what comes beyond is not saved.
-        shard: this process's tensor-parallel shard.
-        maps: the engine can map; if it cannot, plans that map are passed over.
-
-    Raises:
-        UsageError, ConfigError: a value that is not allowed.
-    """
-
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-    codec: str = "raw"
-    load_deadline: float = 30.0
-    loaders: int = 2
-    save_backlog: int = 1 << 30
-    shard: str = "0of1"
-    maps: bool = True
-
-    def __post_init__(self) -> None:
-        PrefixHasher(self.chunk_size)
-        if not get_codec(self.codec).lossless:
-            raise ConfigError(f"codec {self.codec!r} is lossy: allowed only with a policy profiled with it")
-        if self.loaders < 1 or not self.load_deadline > 0:
-            raise ConfigError(
-                f"{self.loaders} loaders, deadline {self.load_deadline} s: allowed are positive numbers"
-            )
-        shard_count(self.shard)
+_log = limited(logging.getLogger(__name__))
 
 
 @dataclass(frozen=True)
@@ -103,12 +82,14 @@ class Connector:
         store: any tier, usually a `TieredStore`. The connector does not close it.
         policies: which pairs may share, and how.
         guard: keeps back pairs that have drifted; without one, none is.
+        engine: which door it serves, in reports (`droidspeak.connector.reports`).
 
     Attributes:
         counters: `requests` by status, `reasons` by reason, `exact_tokens`, `shared_tokens` by source,
             `bytes_loaded`, `chunks_saved`, `chunks_abandoned`, `chunks_dropped`, `save_failures`,
             `lookup_failures`.
         bandwidths: of each tier, as finished streams measured them.
+        shard: this process's.
     """
 
     def __init__(
@@ -118,15 +99,19 @@ class Connector:
         options: ConnectorOptions | None = None,
         *,
         guard: DriftGuard | None = None,
+        engine: str = "library",
     ) -> None:
         self.store = store
         self.policies = PolicySet() if policies is None else policies
         self.options = options or ConnectorOptions()
         self.guard = guard
         self.counters = Counters()
-        self.bandwidths = Bandwidths()
-        self._shards = shard_count(self.options.shard)
+        self.bandwidths = Bandwidths(counters=self.counters)
+        self._tally = Tally(self.counters, self.policies)
+        self.shard = Shard.parse(self.options.shard)
+        self._unmapped: set[str] = set()
         self._publisher = Publisher(store, self.options.codec, self.options.save_backlog, self.counters)
+        self._reporter = Reporter(store, engine, self.options.report_interval, self.counters, guard)
 
     def lookup(
         self,
@@ -155,6 +140,24 @@ class Connector:
         Raises:
             UsageError: token ids that are no token ids.
         """
+        asked = requirement or Requirement()
+        with span("droidspeak.lookup", {"droidspeak.tokens": len(token_ids)}) as traced:
+            started = time.perf_counter()
+            match = self._lookup(token_ids, receiver, salt, sender, asked, share, queue_depth)
+            self._tally.lookup(match, time.perf_counter() - started)
+            traced.set(match_attributes(match))
+        return match
+
+    def _lookup(
+        self,
+        token_ids: TokenIds,
+        receiver: SourceManifest | None,
+        salt: str,
+        sender: SourceManifest | None,
+        requirement: Requirement,
+        share: bool,
+        queue_depth: int,
+    ) -> Match:
         size = self.options.chunk_size
         hashes = PrefixHasher(size, salt).hashes(token_ids)[: max(0, len(token_ids) - 1) // size]
         nothing = Match(receiver, Reason.MISS, len(token_ids), size)
@@ -168,24 +171,31 @@ class Connector:
             return own
         if not share:
             return replace(own, reason=Reason.OPTED_OUT) if own.reason is Reason.MISS else own
-        question = _Question(own, rest, receiver, requirement or Requirement(), queue_depth)
+        question = _Question(own, rest, receiver, requirement, queue_depth)
         return self._of_others(question, sender)
 
-    def load(self, match: Match, device: torch.device | str = "cpu") -> LayerStream:
-        """Starts loading this shard of `match`; tensors land on `device`.
+    def load(
+        self, match: Match, device: torch.device | str = "cpu", *, shard: Shard | None = None
+    ) -> LayerStream:
+        """Starts loading `match`; tensors land on `device`.
+
+        Args:
+            shard: the heads that are wanted, this process's by default.
 
         Raises:
             UsageError: a match without chunks.
         """
+        self._reporter.wake()
         options = self.options
         return LayerStream(
             self.store,
-            match.of_shard(options.shard),
+            match,
             device=torch.device(device),
             loaders=options.loaders,
             deadline=options.load_deadline,
-            shards=self._shards,
+            shard=shard or self.shard,
             bandwidths=self.bandwidths,
+            traced=long_span("droidspeak.load", match_attributes(match)),
         )
 
     def save(
@@ -207,45 +217,62 @@ class Connector:
         Raises:
             UsageError: token ids that are no token ids.
         """
+        self._reporter.wake()
         keys: list[ChunkKey | None] = []
         wanted: frozenset[int] = frozenset()
         if source is not None:
             hashes = PrefixHasher(self.options.chunk_size, salt).hashes(token_ids)
             wanted = self.policies.transition_layers(source.source_id)
             wanted = wanted if e_layers is None else wanted & set(e_layers)
-            held, _ = self._leading(source.source_id, hashes)
+            held, _ = self._run(source.source_id, hashes, self.shard)
             done = {info.key for info in held if wanted <= set(info.e_layers)}
-            keys = [None if key in done else key for key in self._keys(source.source_id, hashes)]
+            keys = [None if key in done else key for key in _keys(source.source_id, hashes, self.shard)]
         return SaveSession(
             keys,
             chunk_size=self.options.chunk_size,
-            layout=None if source is None else RowLayout.of(source.architecture, self._shards),
+            layout=None if source is None else RowLayout.of(source.architecture, self.shard.size),
             e_layers=wanted,
             publish=self._publisher.publish,
             counters=self.counters,
+            salt=salt_tag(salt),
         )
 
-    def record(self, outcome: Outcome) -> Outcome:
-        """Counts and logs the answer to one request; returns it."""
-        self.counters.add("requests", outcome.status.value)
-        self.counters.add("reasons", outcome.reason.value)
-        self.counters.add("exact_tokens", amount=outcome.exact_tokens)
-        if outcome.source is not None:
-            self.counters.add("shared_tokens", outcome.source, outcome.shared_tokens)
-        self.counters.add("bytes_loaded", amount=outcome.bytes_loaded)
-        _log.debug("%s (%s): %s", outcome.status, outcome.reason, outcome)
+    def record(self, outcome: Outcome, match: Match | None = None) -> Outcome:
+        """Counts and logs the answer to one request; returns it.
+
+        Args:
+            match: that was loaded, or was not; without one the request is not counted by pair.
+        """
+        receiver = match.receiver.source_id if match is not None and match.receiver else None
+        self._tally.outcome(outcome, receiver)
+        self._reporter.record(outcome, match)
+        log_request(_log, outcome, receiver)
         return outcome
+
+    def record_ttft(self, outcome: Outcome, seconds: float) -> None:
+        """Counts the time to first token that the engine measured for the request of `outcome`."""
+        self._tally.ttft(outcome, seconds)
+
+    @property
+    def saving(self) -> int:
+        """Bytes that wait to be saved."""
+        return self._publisher.nbytes
+
+    def forgo_maps(self, sender: str) -> None:
+        """Passes over plans that map what `sender` has, from now on: the engine has found that it cannot."""
+        self._unmapped.add(sender)
 
     def flush(self) -> None:
         """Waits until everything saved so far has been handed to the store, or refused by it."""
         self._publisher.flush()
 
     def close(self) -> None:
-        """Waits for what is being saved. The store stays open: it is the caller's."""
+        """Waits for what is being saved, and leaves a report. The store stays open: it is the caller's."""
         self._publisher.close()
+        self._reporter.close()
 
     def _own(self, nothing: Match, receiver: SourceManifest, hashes: Sequence[str]) -> Match:
-        infos, broken = self._leading(receiver.source_id, hashes)
+        infos, broken = self._leading(receiver.source_id, hashes, receiver.architecture.kv_heads)
         if infos:
             return replace(nothing, reason=Reason.EXACT_HIT, exact=tuple(infos))
         return replace(nothing, reason=Reason.STORE_UNAVAILABLE) if broken else nothing
@@ -290,7 +317,8 @@ class Connector:
     def _holds_refused(self, question: _Question) -> bool:
         """Whether the store holds something of a sender whose policy was refused."""
         senders = self.policies.refused_senders(question.receiver.source_id)
-        return any(self._leading(SourceId(sender), question.hashes[:1])[0] for sender in senders)
+        heads = question.receiver.architecture.kv_heads
+        return any(self._leading(SourceId(sender), question.hashes[:1], heads)[0] for sender in senders)
 
     def _guarded(self, question: _Question, policies: Sequence[Policy]) -> Match:
         """The best match of pairs that have not drifted; without one, the best of the others is withheld."""
@@ -314,15 +342,17 @@ class Connector:
 
     def _shared(self, question: _Question, policy: Policy) -> Match:
         own, floor = question.own, question.requirement.quality_floor
-        followed = policy if self.options.maps else policy.without_maps()
+        followed = policy.without_maps() if policy.sender in self._unmapped else policy
         if followed is None or not followed.reaches(floor):
             reason = Reason.MAPS_UNUSABLE if policy.reaches(floor) else Reason.BELOW_FLOOR
             return replace(own, reason=reason)
-        infos, broken = self._leading(SourceId(policy.sender), question.hashes)
+        heads = question.receiver.architecture.kv_heads
+        infos, broken = self._leading(SourceId(policy.sender), question.hashes, heads)
         if not infos:
             return replace(own, reason=Reason.STORE_UNAVAILABLE) if broken else own
         readable = _with_codec(infos, policy)
-        plan = choose(followed, question.requirement, self._situation(question, readable))
+        situation = self._situation(question.receiver, readable, question.queue_depth)
+        plan = choose(followed, question.requirement, situation)
         if plan is None or not plan.loaded:
             return replace(own, reason=Reason.PREFILL_CHOSEN)
         usable = _with_e(readable, plan)
@@ -335,29 +365,73 @@ class Connector:
             plan=plan,
             source=policy.sender,
             policy=policy,
+            predicted_ttft=self._predicted(policy, plan, situation, len(usable)),
         )
 
-    def _situation(self, question: _Question, infos: Sequence[ChunkInfo]) -> Situation:
-        layout = RowLayout.of(question.receiver.architecture, self._shards)
+    def _predicted(self, policy: Policy, plan: Plan, situation: Situation, chunks: int) -> float | None:
+        if policy.costs is None:
+            return None
+        tokens = chunks * self.options.chunk_size
+        if tokens != situation.tokens:
+            situation = replace(situation, tokens=tokens)
+        return predicted_ttft(policy.costs, plan, situation)
+
+    def _situation(
+        self, receiver: SourceManifest, infos: Sequence[ChunkInfo], queue_depth: int = 0
+    ) -> Situation:
+        layout = RowLayout.of(receiver.architecture, self.shard.size)
         return Situation(
             tokens=len(infos) * self.options.chunk_size,
             kv_bytes=layout.kv_bytes,
             e_bytes=layout.e_bytes,
             bandwidth=self.bandwidths.over([info.tier or self.store.name for info in infos]),
-            queue_depth=question.queue_depth,
+            queue_depth=queue_depth,
         )
 
-    def _leading(self, source: SourceId, hashes: Sequence[str]) -> tuple[list[ChunkInfo], bool]:
+    def _leading(
+        self, source: SourceId, hashes: Sequence[str], kv_heads: int
+    ) -> tuple[list[ChunkInfo], bool]:
+        """The longest run of chunks that can be read, and whether the store failed to say.
+
+        Where one tensor-parallel degree has a gap, another one may go on: a receiver saves what it prefilled
+        after the chunks of others. The first shard speaks for all of its degree.
+        """
+        found: list[ChunkInfo] = []
+        ring = deque([self.shard, *(Shard(0, degree) for degree in self._degrees(kv_heads))])
+        without, broken = 0, False
+        while without < len(ring) and len(found) < len(hashes) and not broken:
+            run, broken = self._run(source, hashes[len(found) :], ring[0])
+            found += run
+            without = 1 if run else without + 1
+            ring.rotate(-1)
+        return found, broken
+
+    def _degrees(self, kv_heads: int) -> list[int]:
+        """Other tensor-parallel degrees that a model of `kv_heads` can be split by."""
+        others = (degree for degree in self.options.degrees if degree != self.shard.size)
+        return [degree for degree in others if not (kv_heads % degree and degree % kv_heads)]
+
+    def _run(self, source: SourceId, hashes: Sequence[str], shard: Shard) -> tuple[list[ChunkInfo], bool]:
         """What the store holds of these chunks, and whether it failed to say."""
+        # Another degree is rarely there: what it costs to ask must not depend on how long the prompt is.
+        steps = [hashes] if shard == self.shard else [hashes[:1], hashes[1:]]
+        run: list[ChunkInfo] = []
         try:
-            return self.store.leading(self._keys(source, hashes)), False
+            for step in filter(None, steps):
+                found = self.store.leading(_keys(source, step, shard))
+                run += found
+                if not found:
+                    break
         except StorageError as error:
             self.counters.add("lookup_failures")
             _log.debug("lookup failed: %s", error)
-            return [], True
+            return run, True
+        return run, False
 
-    def _keys(self, source: SourceId, hashes: Sequence[str]) -> list[ChunkKey]:
-        return [ChunkKey(source, self.options.shard, prefix) for prefix in hashes]
+
+def _keys(source: SourceId, hashes: Sequence[str], shard: Shard) -> list[ChunkKey]:
+    name = str(shard)
+    return [ChunkKey(source, name, prefix) for prefix in hashes]
 
 
 def _preference(match: Match) -> tuple[int, int, bool]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 
-from droidspeak.errors import ConfigError
 from droidspeak.storage import Architecture, Slot, SlotKind
 
 __all__ = ["RowLayout"]
-
-_SHARD = re.compile(r"([0-9]{1,4})of([0-9]{1,4})")
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,3 @@ class RowLayout:
     def row_bytes(self, slot: Slot) -> int:
         """Bytes of one row of `slot`."""
         return self.e_bytes if slot.kind is SlotKind.E else self.kv_bytes // 2
-
-
-def shard_count(shard: str) -> int:
-    """Of how many shards `shard` (`"<rank>of<size>"`) is one. Raises `ConfigError`."""
-    match = _SHARD.fullmatch(shard)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise ConfigError(f"shard {shard!r}: allowed is RANKofSIZE with a rank below the size, such as 0of1")
-    return int(match[2])

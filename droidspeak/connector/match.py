@@ -28,6 +28,7 @@ class Match:
         exact: the receiver's own leading chunks.
         shared: chunks of `source` after them, to be used by `plan` of `policy`.
         withheld: the match that the drift guard keeps back, for a shadow prefill to try.
+        predicted_ttft: seconds to the first token by the costs of `policy`, if it has any.
     """
 
     receiver: SourceManifest | None
@@ -40,6 +41,7 @@ class Match:
     source: str | None = None
     policy: Policy | None = None
     withheld: Match | None = None
+    predicted_ttft: float | None = None
 
     @property
     def exact_tokens(self) -> int:
@@ -71,14 +73,7 @@ class Match:
             return self
         return replace(self, exact=self.exact[:count]) if count else self.without_chunks(Reason.E_MISSING)
 
-    def of_shard(self, shard: str) -> Match:
-        """The same chunks as another tensor-parallel rank holds them: one rank looks up for all."""
-
-        def renamed(info: ChunkInfo) -> ChunkInfo:
-            return replace(info, key=replace(info.key, shard=shard))
-
-        return replace(self, exact=tuple(map(renamed, self.exact)), shared=tuple(map(renamed, self.shared)))
-
     def without_chunks(self, reason: Reason) -> Match:
         """The match of a prompt that is prefilled after all, because of `reason`."""
-        return replace(self, reason=reason, exact=(), shared=(), plan=None, source=None, policy=None)
+        nothing = Match(self.receiver, reason, self.length, self.chunk_size)
+        return replace(nothing, withheld=self.withheld)

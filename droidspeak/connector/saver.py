@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ import torch
 from droidspeak.connector.layout import RowLayout
 from droidspeak.errors import StorageError
 from droidspeak.storage import Chunk, ChunkKey, Counters, Slot, SlotKind, Tier
+from droidspeak.tracing import span
 
 __all__ = ["Publisher", "SaveSession"]
 
@@ -35,6 +36,7 @@ class _Draft:
     """
 
     key: ChunkKey
+    labels: Mapping[str, str] = field(default_factory=dict)
     tensors: dict[Slot, torch.Tensor] = field(default_factory=dict)
     filled: dict[Slot, int] = field(default_factory=dict)
     full: set[Slot] = field(default_factory=set)
@@ -79,6 +81,11 @@ class Publisher:
             self._nbytes += draft.nbytes
             return self._thread.submit(self._publish, draft)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that wait or are being written."""
+        return self._nbytes
+
     def flush(self) -> None:
         """Waits until everything queued so far has been handed to the store, or refused by it."""
         with self._lock:
@@ -93,8 +100,15 @@ class Publisher:
         self._thread.shutdown(wait=True)
 
     def _publish(self, draft: _Draft) -> bool:
+        with span("droidspeak.save", {"droidspeak.bytes": draft.nbytes}) as traced:
+            saved = self._write(draft)
+            if not saved:
+                traced.fail("not saved")
+        return saved
+
+    def _write(self, draft: _Draft) -> bool:
         try:
-            self._store.write(Chunk.encode(draft.key, draft.tensors, codec=self._codec))
+            self._store.write(Chunk.encode(draft.key, draft.tensors, codec=self._codec, labels=draft.labels))
         except StorageError as error:
             _log.debug("chunk %s not saved: %s", draft.key, error)
         except BaseException:  # noqa: BLE001 - saving never fails a request, whatever a tier of the user raises
@@ -116,6 +130,7 @@ class SaveSession:
         keys: of the chunks, in order; `None` where the store has the chunk already.
         layout: of the model; `None` if there is nothing to save.
         e_layers: layers whose E is kept.
+        salt: tag of the tenant's salt, kept with each chunk (`droidspeak.storage.keys.salt_tag`).
 
     Attributes:
         e_layers: layers whose E `put` wants; none if there is nothing to save.
@@ -130,7 +145,9 @@ class SaveSession:
         e_layers: Collection[int],
         publish: Callable[[_Draft], Future[bool] | None],
         counters: Counters,
+        salt: str = "",
     ) -> None:
+        self._labels = {"salt": salt} if salt else {}
         self._keys, self._size, self._layout = list(keys), chunk_size, layout
         self._publish, self._counters = publish, counters
         self.e_layers = frozenset(e_layers if self.wanted else ())
@@ -182,7 +199,7 @@ class SaveSession:
         return rows.dtype == layout.dtype and tuple(rows.shape[1:]) == layout.row(slot)
 
     def _fill(self, index: int, key: ChunkKey, rows: dict[Slot, torch.Tensor], start: int) -> None:
-        draft = self._drafts.setdefault(index, _Draft(key))
+        draft = self._drafts.setdefault(index, _Draft(key, self._labels))
         first = index * self._size
         for slot, tensor in rows.items():
             low, high = max(start, first), min(start + tensor.shape[0], first + self._size)

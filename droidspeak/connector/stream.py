@@ -19,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +28,7 @@ import torch
 from droidspeak.connector.bandwidth import Bandwidths, TransferClock
 from droidspeak.connector.layout import RowLayout
 from droidspeak.connector.match import Match
+from droidspeak.connector.shards import Part, Shard
 from droidspeak.connector.status import Reason
 from droidspeak.errors import (
     ChunkCorrupt,
@@ -39,18 +40,24 @@ from droidspeak.errors import (
 )
 from droidspeak.layerselect import Action, Plan
 from droidspeak.storage import Chunk, ChunkInfo, ChunkKey, Slot, SlotKind, Tier
+from droidspeak.tracing import LongSpan
 
 __all__ = ["LayerStream"]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Slots of one chunk, and the rows that they fill."""
+    """Slots of one chunk, and the rows that they fill.
+
+    Attributes:
+        part: of the heads, where the chunk is of another tensor-parallel degree.
+    """
 
     key: ChunkKey
     slots: tuple[Slot, ...]
     rows: slice
     tier: str
+    part: Part | None = None
 
 
 class LayerStream:
@@ -60,8 +67,9 @@ class LayerStream:
         device: where the tensors are wanted.
         loaders: threads that read and decode.
         deadline: seconds from now until the last await must be answered.
-        shards: tensor-parallel shards that the receiver is split over.
+        shard: the receiver's, of the model's heads; chunks of other degrees are taken apart and put together.
         bandwidths: told how fast each tier was, when everything has come.
+        traced: ended when the stream is closed.
 
     Attributes:
         bytes_loaded: stored bytes that have come so far.
@@ -79,14 +87,16 @@ class LayerStream:
         device: torch.device,
         loaders: int = 2,
         deadline: float = 30.0,
-        shards: int = 1,
+        shard: Shard = Shard(0, 1),  # noqa: B008 - it cannot be changed
         bandwidths: Bandwidths | None = None,
+        traced: LongSpan | None = None,
     ) -> None:
         if match.receiver is None or not match:
             raise UsageError("a match without chunks cannot be loaded")
         self._ends_at = time.monotonic() + deadline
         self._store, self._match, self._device = store, match, device
-        self._layout = RowLayout.of(match.receiver.architecture, shards)
+        self._architecture, self._shard = match.receiver.architecture, shard
+        self._layout = RowLayout.of(self._architecture, shard.size)
         self._plan = match.plan or Plan.recompute(self._layout.layers, ())
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -97,6 +107,7 @@ class LayerStream:
         self._reading = 0
         self._corrupt: ChunkCorrupt | None = None
         self._clock, self._bandwidths = TransferClock(), bandwidths
+        self._traced = traced
         self.bytes_loaded = 0
         self.wait_seconds = 0.0
         for n in range(min(loaders, len(self._jobs))):
@@ -147,6 +158,15 @@ class LayerStream:
             self._closed = True
             self._jobs.clear()
             self._changed.notify_all()
+        if self._traced is not None:
+            told = {"droidspeak.bytes": self.bytes_loaded, "droidspeak.wait_seconds": self.wait_seconds}
+            self._traced.end(told, self._failure)
+
+    @property
+    def _failure(self) -> str | None:
+        if self._error is None:
+            return None
+        return self._error.reason if isinstance(self._error, LoadFailed) else type(self._error).__name__
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +181,7 @@ class LayerStream:
     def _schedule(self) -> Iterator[_Job]:
         plan, match = self._plan, self._match
         for layer in plan.transition_layers:
-            yield from self._jobs_of(match.shared, [Slot(SlotKind.E, layer)])
+            yield from self._jobs_of(match.shared, [Slot(SlotKind.E, layer)], whole=True)
         recomputed = [layer for group in plan.groups for layer in group]
         yield from self._jobs_of(match.exact, Slot.kv(recomputed))
         for batch in self._batches(plan.loaded):
@@ -169,12 +189,23 @@ class LayerStream:
             yield from self._jobs_of(match.exact, slots)
             yield from self._jobs_of(match.shared, slots, match.exact_tokens)
 
-    def _jobs_of(self, infos: Sequence[ChunkInfo], slots: Sequence[Slot], first: int = 0) -> Iterator[_Job]:
-        """`slots` of each chunk of `infos`, whose rows lie one after the other from row `first` on."""
+    def _jobs_of(
+        self, infos: Sequence[ChunkInfo], slots: Sequence[Slot], first: int = 0, *, whole: bool = False
+    ) -> Iterator[_Job]:
+        """`slots` of each chunk of `infos`, whose rows lie one after the other from row `first` on.
+
+        Args:
+            whole: any shard has all of them.
+        """
         size = self._match.chunk_size
         for n, info in enumerate(infos if slots else ()):
-            start = first + n * size
-            yield _Job(info.key, tuple(slots), slice(start, start + size), info.tier or self._store.name)
+            rows = slice(first + n * size, first + (n + 1) * size)
+            held = Shard.parse(info.key.shard).size
+            parts = self._shard.parts(held, self._architecture.kv_heads)
+            for part in parts[:1] if whole else parts:
+                key = replace(info.key, shard=str(part.shard))
+                other = None if whole or held == self._shard.size else part
+                yield _Job(key, tuple(slots), rows, info.tier or self._store.name, other)
 
     def _batches(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Layers in order, as many at a time as make one good request of one chunk's bytes."""
@@ -219,11 +250,20 @@ class LayerStream:
             return job
 
     def _load(self, job: _Job) -> int:
-        into = {slot: self._place(slot)[job.rows] for slot in job.slots}
+        into = {slot: self._target(job, slot) for slot in job.slots}
         chunk = self._read(job, into)
         for slot in job.slots:
             chunk.tensor(slot, into[slot])
+            if job.part:
+                self._place(slot)[job.rows, job.part.own] = into[slot][:, job.part.held].to(self._device)
         return sum(chunk.payload[slot].numel() for slot in job.slots)
+
+    def _target(self, job: _Job, slot: Slot) -> torch.Tensor:
+        """Where the rows of `slot` are decoded: where they are wanted, if all of their heads are."""
+        if job.part is None:
+            return self._place(slot)[job.rows]
+        layout = RowLayout.of(self._architecture, job.part.shard.size)
+        return torch.empty((self._match.chunk_size, *layout.row(slot)), dtype=layout.dtype)
 
     def _read(self, job: _Job, into: dict[Slot, torch.Tensor]) -> Chunk:
         try:
@@ -242,11 +282,15 @@ class LayerStream:
             self.bytes_loaded += loaded
             self._missing.subtract(job.slots)
             self._reading -= 1
-            decoded = sum(self._layout.row_bytes(slot) for slot in job.slots)
-            self._clock.stop(job.tier, decoded * self._match.chunk_size)
+            self._clock.stop(job.tier, self._decoded(job))
             self._changed.notify_all()
             if not (self._jobs or self._reading or self._error or self._closed):
                 self._report()
+
+    def _decoded(self, job: _Job) -> int:
+        """Bytes of this shard that `job` has filled."""
+        size = self._match.chunk_size * sum(self._layout.row_bytes(slot) for slot in job.slots)
+        return size if job.part is None else size * _count(job.part.own) // self._layout.kv[0]
 
     def _report(self) -> None:
         if self._bandwidths is not None:
@@ -302,6 +346,10 @@ class LayerStream:
 
     def _here(self, slots: Sequence[Slot]) -> bool:
         return all(self._missing[slot] == 0 for slot in slots)
+
+
+def _count(heads: slice) -> int:
+    return int(heads.stop - heads.start)
 
 
 def _reason(error: StorageError) -> Reason:

@@ -79,6 +79,10 @@ class PolicySet:
         """Policies for caches that `receiver` uses, in the order in which their pairs were added."""
         return [policy for policy in self._policies() if policy.receiver == receiver]
 
+    def for_sender(self, sender: str) -> list[Policy]:
+        """Policies for caches of `sender`, in the order in which their pairs were added."""
+        return [policy for policy in self._policies() if policy.sender == sender]
+
     def refused_senders(self, receiver: str) -> list[str]:
         """Source ids of senders whose policy for `receiver` was refused, and that have no other."""
         return [
@@ -88,6 +92,10 @@ class PolicySet:
             and refusal.receiver == receiver
             and self.get(refusal.sender, receiver) is None
         ]
+
+    def names(self, model: str) -> bool:
+        """Whether some policy is for caches of `model`, or for caches that it uses."""
+        return any(model in pair for pair in list(self._by_pair))
 
     def transition_layers(self, sender: str) -> frozenset[int]:
         """Layers whose E some policy needs from `sender`."""

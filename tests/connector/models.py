@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from droidspeak.connector.shards import Shard
 from droidspeak.storage import (
     Architecture,
     Chunk,
@@ -90,6 +91,22 @@ def fill(
     for index in range(len(keys)) if only is None else only:
         store.write(chunk(source, keys[index], index, e_layers, size=size, codec=codec))
     return keys
+
+
+def fill_split(
+    store, source: SourceManifest, token_ids: Sequence[int], degree: int, e_layers: Collection[int] = ()
+) -> None:
+    """As `fill`, by an engine of that tensor-parallel degree."""
+    for index, key in enumerate(keys_of(source, token_ids)):
+        whole = chunk(source, key, index, e_layers)
+        for rank in range(degree):
+            heads = Shard(rank, degree).heads(source.architecture.kv_heads)
+            tensors = {slot: whole.tensor(slot) for slot in whole.header.records}
+            part = {
+                slot: tensor if slot.kind is SlotKind.E else tensor[:, heads.start : heads.stop]
+                for slot, tensor in tensors.items()
+            }
+            store.write(Chunk.encode(replace(key, shard=f"{rank}of{degree}"), part))
 
 
 def memory() -> MemoryTier:

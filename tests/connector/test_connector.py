@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from droidspeak.connector import Connector, ConnectorOptions, Outcome, Reason, Status
+from droidspeak.connector import Connector, ConnectorOptions, Match, Outcome, Reason, Status
 from droidspeak.layerselect import Plan, Policy, PolicySet
 from droidspeak.storage import Slot, SlotKind, TieredStore
 from droidspeak.storage.disk import DiskTier
@@ -68,13 +68,19 @@ def test_every_answer_is_counted_and_logged(caplog):
         Outcome(Reason.MISS, 50),
     ]
     with caplog.at_level(logging.DEBUG, logger="droidspeak"):
-        assert [counting.record(outcome) for outcome in outcomes] == outcomes
+        asked = Match(ME, Reason.MISS, 50, SIZE)
+        assert [counting.record(outcome, asked) for outcome in outcomes] == outcomes
+    me = ME.source_id[:12]
     assert counting.counters.snapshot() == {
         "bytes_loaded": {"": 307},
         "exact_tokens": {"": 64},
+        # The sender has no policy here.
+        "hit_tokens": {f"{me} {me}": 64, f"other {me}": 32},
+        "layers": {"recompute": 2, "reuse": LAYERS - 2},
         "reasons": {"corrupt": 1, "cross_model_hit": 1, "exact_hit": 1, "miss": 1, "no_policy": 1},
         "requests": {"applied": 2, "fallback_reprefill": 2, "unsupported": 1},
         "shared_tokens": {"source": 32},
+        "wait_ns": {"": 100_000_000},
     }
     assert len(caplog.records) == len(outcomes)
 

@@ -18,7 +18,7 @@ from droidspeak.layerselect.artifact import Side, write_policy
 from droidspeak.storage import codecs
 from droidspeak.storage.wrappers import FaultyTier, fail
 
-from .models import LAYERS, SIZE, WatchedTier, fill, keys_of, memory, model, prompt
+from .models import LAYERS, SIZE, WatchedTier, chunk, fill, keys_of, memory, model, prompt
 
 ME, SENDER, OTHER = model("me"), model("sender"), model("other")
 IDS = prompt(4)
@@ -245,7 +245,10 @@ def test_an_engine_that_cannot_map_passes_over_plans_that_do(floor, with_maps, w
     policy = mapping_policy(*points)
     told = []
     for maps in (True, False):
-        match = connector(store, policy, maps=maps).lookup(IDS, ME, requirement=Requirement(floor))
+        sharing = connector(store, policy)
+        if not maps:
+            sharing.forgo_maps(SENDER.source_id)
+        match = sharing.lookup(IDS, ME, requirement=Requirement(floor))
         told.append(str(match.plan) if match else match.reason)
         assert match.policy in (None, policy)
     assert told == [with_maps, without]
@@ -254,7 +257,8 @@ def test_an_engine_that_cannot_map_passes_over_plans_that_do(floor, with_maps, w
 def test_only_plans_that_map():
     store = memory()
     fill(store, SENDER, IDS, e_layers=range(LAYERS))
-    sharing = connector(store, mapping_policy(("1-1+emap", 0.9)), maps=False)
+    sharing = connector(store, mapping_policy(("1-1+emap", 0.9)))
+    sharing.forgo_maps(SENDER.source_id)
     assert found(sharing.lookup(IDS, ME, requirement=Requirement(0.9))) == (0, 0, None, Reason.MAPS_UNUSABLE)
     assert found(sharing.lookup(IDS, ME, requirement=Requirement(0.95))) == (0, 0, None, Reason.BELOW_FLOOR)
     # The sender keeps E for engines that can map.
@@ -366,11 +370,28 @@ def test_salt_isolates():
         assert found(sharing.lookup(IDS, ME, salt=salt)) == (0, 0, None, Reason.MISS)
 
 
-def test_shards_are_apart():
+@pytest.mark.parametrize(("degrees", "found"), [((), False), ((2, 4), False), ((1,), True)])
+def test_degrees_that_may_be_read(degrees, found):
     store = memory()
     fill(store, ME, IDS)
-    assert connector(store, shard="0of1").lookup(IDS, ME)
-    assert not connector(store, shard="0of2").lookup(IDS, ME)
+    assert connector(store, shard="0of1", degrees=degrees).lookup(IDS, ME)
+    assert bool(connector(store, shard="0of2", degrees=degrees).lookup(IDS, ME)) is found
+
+
+def test_degrees_go_on_where_others_end():
+    store = memory()
+    keys = fill(store, ME, IDS, only=[0, 3])
+    for index in (1, 2):
+        half = replace(keys[index], shard="0of2")
+        store.write(chunk(ME, half, index))
+    match = connector(store).lookup(IDS, ME)
+    assert [info.key.shard for info in match.exact] == ["0of1", "0of2", "0of2", "0of1"]
+
+
+def test_heads_that_cannot_be_split_are_not_asked_for():
+    store = WatchedTier(memory())
+    connector(store, degrees=(1, 2, 3, 4)).lookup(IDS, model("me", kv_heads=6))
+    assert [keys[0].shard for keys in store.asked] == ["0of1", "0of2", "0of3"]
 
 
 # A store that fails
@@ -399,10 +420,13 @@ def test_another_model_serves_when_the_own_lookup_fails():
     assert connector(store, policy()).lookup(IDS, ME).shared_tokens == 4 * SIZE
 
 
-def test_one_question_per_source():
+def test_one_question_per_source_and_a_short_one_per_other_degree():
     store = WatchedTier(memory())
-    connector(store, policy(), policy(OTHER)).lookup(IDS, ME)
-    expected = [keys_of(source, IDS) for source in (ME, SENDER, OTHER)]
+    connector(store, policy(), policy(OTHER), degrees=(2,)).lookup(IDS, ME)
+    expected = []
+    for source in (ME, SENDER, OTHER):
+        keys = keys_of(source, IDS)
+        expected += [keys, [replace(keys[0], shard="0of2")]]
     assert store.asked == expected
 
 

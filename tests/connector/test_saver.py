@@ -14,6 +14,7 @@ from droidspeak.connector import Connector, ConnectorOptions, SaveSession
 from droidspeak.errors import TierFull, TierTimeout, TierUnavailable, UsageError
 from droidspeak.layerselect import Plan, Policy, PolicySet
 from droidspeak.storage import Slot, SlotKind
+from droidspeak.storage.keys import salt_tag
 from droidspeak.storage.testing import assert_holds
 from droidspeak.storage.wrappers import FaultyTier, WrapperTier, fail
 
@@ -263,6 +264,19 @@ def test_salt_and_shard_name_other_chunks():
     fill(store, ME, IDS)
     assert connector(store).save(IDS, ME, salt="tenant").wanted
     assert connector(store, shard="0of2").save(IDS, ME).wanted
+
+
+def test_the_tag_of_the_salt_is_kept_and_the_salt_is_not():
+    store = memory()
+    for salt in ("", "tenant"):
+        session = connector(store).save(IDS, ME, salt=salt)
+        put_all(session)
+        assert session.finish(wait=True) == CHUNKS
+    chunks = [store.read(key) for key in list(store.keys())]
+    assert [chunk.header.labels for chunk in chunks[:CHUNKS]] == [{}] * CHUNKS
+    assert [chunk.header.labels for chunk in chunks[CHUNKS:]] == [{"salt": salt_tag("tenant")}] * CHUNKS
+    assert b"tenant" not in b"".join(chunk.to_bytes() for chunk in chunks)
+    assert {record.info.salt for record in store.records()} == {"", salt_tag("tenant")}
 
 
 def test_an_unknown_model_saves_nothing():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from droidspeak.connector import Connector, ConnectorOptions, LayerStream, Reason
+from droidspeak.connector.shards import Shard
 from droidspeak.errors import (
     ChunkCorrupt,
     ChunkIncomplete,
@@ -25,7 +26,21 @@ from droidspeak.storage import Chunk, ChunkKey, Slot, SlotKind
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.wrappers import FaultyTier, fail, short
 
-from .models import DIM, HEADS, HIDDEN, LAYERS, SIZE, WatchedTier, fill, keys_of, memory, model, prompt, rows
+from .models import (
+    DIM,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    SIZE,
+    WatchedTier,
+    fill,
+    fill_split,
+    keys_of,
+    memory,
+    model,
+    prompt,
+    rows,
+)
 
 ME, SENDER = model("me"), model("sender")
 IDS = prompt(5)
@@ -141,6 +156,45 @@ def test_one_rank_looks_up_for_all():
     for rank, connector in enumerate((first, second)):
         with connector.load(match) as stream:
             assert all(bool((rows == rank).all()) for layer in range(LAYERS) for rows in stream.kv(layer))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(("saved", "loading"), [(1, 2), (2, 1), (2, 4), (4, 2), (4, 1)])
+def test_any_degree_serves_any_other(saved, loading, heads):
+    me, sender = model("me", kv_heads=heads), model("sender", kv_heads=heads)
+    policies = PolicySet([Policy.fixed(sender.source_id, me.source_id, Plan.parse("1-2", LAYERS))])
+    store = memory()
+    fill_split(store, sender, IDS, saved, [1])
+    fill_split(store, me, IDS[: 2 * SIZE], saved)
+    for rank in range(loading):
+        shard = Shard(rank, loading)
+        options = ConnectorOptions(chunk_size=SIZE, shard=str(shard), degrees=(saved,))
+        connector = Connector(store, policies, options)
+        match = connector.lookup(IDS, me)
+        assert (match.exact_tokens, match.shared_tokens) == (2 * SIZE, 3 * SIZE)
+        mine = slice(shard.heads(heads).start, shard.heads(heads).stop)
+        with connector.load(match) as stream:
+            assert torch.equal(stream.e(1), rows(sender, Slot(SlotKind.E, 1), 5 * SIZE)[2 * SIZE :])
+            for layer in range(LAYERS):
+                for got, slot in zip(stream.kv(layer), Slot.kv([layer]), strict=True):
+                    own = rows(me, slot, 2 * SIZE)[:, mine]
+                    shared = rows(sender, slot, 5 * SIZE)[2 * SIZE :, mine]
+                    assert torch.equal(got, own if layer in (1, 2) else torch.cat([own, shared]))
+
+
+def test_a_chunk_of_another_degree_with_heads_of_none_is_corrupt():
+    store = memory()
+    fill_split(store, ME, IDS, 1)
+    key = keys_of(ME, IDS)[1]
+    tensors = {slot: torch.zeros(SIZE, HEADS + 1, DIM) for slot in Slot.kv(range(LAYERS))}
+    store.write(Chunk.encode(key, tensors))
+    connector = Connector(store, options=ConnectorOptions(chunk_size=SIZE, shard="1of2"))
+    with (
+        connector.load(connector.lookup(IDS, ME)) as stream,
+        pytest.raises(LoadFailed) as caught,
+    ):
+        stream.kv(LAYERS - 1)
+    assert caught.value.reason == Reason.CORRUPT
 
 
 def test_what_is_loaded_is_the_requests_own():

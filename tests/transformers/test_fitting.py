@@ -13,7 +13,7 @@ from droidspeak.integrations.transformers import Decoder, capture
 from droidspeak.integrations.transformers.answer import PromptEncoder
 from droidspeak.integrations.transformers.evaluate import Bench, BenchSpec, encode_units
 from droidspeak.integrations.transformers.fitting import MIN_TOKENS, MapFitter, fit_maps
-from droidspeak.integrations.transformers.mapped import MappedSource
+from droidspeak.integrations.transformers.mapped import mapped_source
 from droidspeak.layerselect import Measures
 from droidspeak.layerselect.mapping import MapFeatures
 from droidspeak.layerselect.tasks import Task
@@ -46,7 +46,7 @@ def test_between_a_model_and_itself_maps_change_next_to_nothing(architecture):
     decoder = Decoder(tiny_model(architecture))
     own = capture(decoder, OTHER, range(1, decoder.num_layers))
     for kind, maps in fit_maps(decoder, decoder, PREFIXES, (LINEAR, EMBEDDING)).items():
-        mapped = MappedSource(own, maps, decoder, OTHER)
+        mapped = mapped_source(own, maps, decoder, OTHER)
         for layer in range(1, decoder.num_layers):
             assert torch.allclose(mapped.e(layer), own.e(layer), atol=1e-2), (kind, layer)
         for layer in range(decoder.num_layers):
@@ -63,7 +63,7 @@ def test_layer_0_is_exact_where_the_receivers_embeddings_are_seen():
     worst = {
         kind: max(
             (got - want).abs().max().item() / want.abs().max().item()
-            for got, want in zip(MappedSource(sent, maps, receiver, ids).kv(0), own.kv(0), strict=True)
+            for got, want in zip(mapped_source(sent, maps, receiver, ids).kv(0), own.kv(0), strict=True)
         )
         for kind, maps in fitted.items()
     }
@@ -89,7 +89,7 @@ def test_maps_bring_e_nearer_and_embeddings_nearer_still():
     fitted = fit_maps(sender, receiver, PREFIXES, (LINEAR, EMBEDDING), kv_layers=[], pair=("a", "b"))
     sent, own = (capture(side, OTHER, [1]) for side in (sender, receiver))
     left = {
-        kind: (MappedSource(sent, maps, receiver, OTHER).e(1) - own.e(1)).norm()
+        kind: (mapped_source(sent, maps, receiver, OTHER).e(1) - own.e(1)).norm()
         for kind, maps in fitted.items()
     }
     assert left[EMBEDDING] < 0.98 * left[LINEAR]

@@ -14,8 +14,8 @@ from transformers.models.auto import AutoModelForCausalLM
 from droidspeak.connector import Reason, Status
 from droidspeak.errors import MapsUnusable, UsageError
 from droidspeak.integrations.transformers import Decoder, PrefixKV, capture, partial_prefill
-from droidspeak.integrations.transformers.mapped import MappedSource
-from droidspeak.integrations.transformers.rotary import Rotary
+from droidspeak.integrations.transformers.mapped import mapped_source
+from droidspeak.integrations.transformers.rotary import DecoderRotary
 from droidspeak.layerselect import FrontierPoint, MapFile, Plan, Policy, PolicySet
 from droidspeak.layerselect.mapfeatures import columns
 from droidspeak.layerselect.mapping import MapFeatures, Maps
@@ -62,7 +62,7 @@ def decoder(request):
 
 
 def test_unrotated_keys_do_not_depend_on_the_position(decoder):
-    Rotary(decoder).verify()
+    DecoderRotary(decoder).verify()
 
 
 def test_keys_of_later_positions_are_unrotated_from_there(decoder):
@@ -70,7 +70,7 @@ def test_keys_of_later_positions_are_unrotated_from_there(decoder):
     ids = tokens(24, seed=3)
     ids[20] = ids[2]
     k, _ = capture(decoder, ids, end=0).kv(0)
-    rotary = Rotary(decoder)
+    rotary = DecoderRotary(decoder)
     early, late = rotary.unrotate(k[:4], 0)[2], rotary.unrotate(k[18:], 0, 18)[2]
     assert torch.allclose(early, late, atol=1e-4)
     assert not torch.allclose(k[2], k[20], atol=1e-2)
@@ -78,7 +78,7 @@ def test_keys_of_later_positions_are_unrotated_from_there(decoder):
 
 @pytest.mark.parametrize("first", [0, 7])
 def test_rotating_undoes_unrotating(decoder, first):
-    rotary, own = Rotary(decoder), capture(decoder, IDS)
+    rotary, own = DecoderRotary(decoder), capture(decoder, IDS)
     for layer in range(decoder.num_layers):
         k = own.kv(layer)[0][first:]
         assert torch.allclose(rotary.rotate(rotary.unrotate(k, layer, first), layer, first), k, atol=1e-4)
@@ -95,7 +95,7 @@ def test_keys_that_are_rotated_otherwise_are_noticed(config, layer):
         model = AutoModelForCausalLM.from_config(config).eval()
     name = type(model).__name__
     with pytest.raises(UsageError, match=rf"keys of {name} \(layer {layer}\) cannot be un-rotated"):
-        Rotary(Decoder(model)).verify()
+        DecoderRotary(Decoder(model)).verify()
 
 
 def test_embeddings_are_those_that_layer_0_sees():
@@ -130,7 +130,7 @@ def random_maps(
 def mapped_by_hand(plan: Plan, maps: Maps, source: PrefixKV, exact: int, end: int):
     """What `plan` says, put together from the primitives of decoder, rotary and maps."""
     decoder = Decoder(MINE)
-    rotary, embeddings = Rotary(decoder), decoder.embed(IDS[:end])
+    rotary, embeddings = DecoderRotary(decoder), decoder.embed(IDS[:end])
     layers = list(source.layers)
     for layer in plan.mapped:
         k, v = (states[exact:] for states in source.kv(layer))
@@ -187,10 +187,10 @@ def test_partial_prefill_follows_plans_that_map(kind, text, exact):
 
 def test_the_first_mapped_token_sees_the_exact_ones_before_it():
     source, maps = mixed_source(11, 40), random_maps()
-    mapped = MappedSource(source, maps, Decoder(MINE), IDS[:40], 11)
+    mapped = mapped_source(source, maps, Decoder(MINE), IDS[:40], 11)
     other = IDS[:40].clone()
     other[10] = 5 + other[10] % 50
-    assert not torch.allclose(mapped.e(1)[0], MappedSource(source, maps, Decoder(MINE), other, 11).e(1)[0])
+    assert not torch.allclose(mapped.e(1)[0], mapped_source(source, maps, Decoder(MINE), other, 11).e(1)[0])
 
 
 def test_what_a_plan_does_not_map_stays_the_senders():
@@ -205,7 +205,7 @@ def test_what_a_plan_does_not_map_stays_the_senders():
 def test_mapped_tensors_keep_the_dtype_of_the_cache():
     model = tiny_model("llama").bfloat16()
     sent = capture(tiny_model("llama", seed=7).bfloat16(), IDS, [1])
-    mapped = MappedSource(sent, random_maps(), Decoder(model), IDS)
+    mapped = mapped_source(sent, random_maps(), Decoder(model), IDS)
     assert {tensor.dtype for tensor in (mapped.e(1), *mapped.kv(3))} == {torch.bfloat16}
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -45,6 +45,8 @@ class Request:
         lora: folder of an adapter.
         at: engine steps that it comes after the first request.
         abort: engine step after which it is given up.
+        logprobs: tokens whose logarithm of probability is told at each place; with
+            `logprobs_mode="raw_logits"` it is their logit.
     """
 
     prompt: list[int]
@@ -54,6 +56,7 @@ class Request:
     lora: str | None = None
     at: int = 0
     abort: int | None = None
+    logprobs: int = 8
 
 
 @dataclass
@@ -121,7 +124,7 @@ class _Engine:
             max_tokens=request.new,
             ignore_eos=True,
             detokenize=False,
-            logprobs=8,
+            logprobs=request.logprobs,
             extra_args=extra,
         )
         given: dict[str, Any] = {"prompt_token_ids": request.prompt}
@@ -136,10 +139,25 @@ class _Engine:
     def forget(self) -> bool:
         return bool(self._llm.reset_prefix_cache())
 
-    def preemptions(self) -> int:
-        return sum(
-            int(metric.value) for metric in self._llm.get_metrics() if metric.name == "vllm:num_preemptions"
-        )
+    def count(self, name: str, labels: dict[str, str]) -> int:
+        found = [metric for metric in self._llm.get_metrics() if metric.name == f"vllm:{name}"]
+        return sum(int(metric.value) for metric in found if labels.items() <= metric.labels.items())
+
+    def insist(self, plan: str) -> None:
+        """From now on other models' caches are used by `plan`, whatever policies say.
+
+        No policy can say that all is recomputed: the engine prefills then.
+        """
+        from droidspeak.layerselect import Plan
+
+        connector = self._llm.llm_engine.engine_core.engine_core.scheduler.connector._half._connector
+        look_up = type(connector).lookup
+
+        def insisting(*arguments: Any, **options: Any) -> Any:
+            match = look_up(connector, *arguments, **options)
+            return replace(match, plan=Plan.parse(plan, match.plan.layers)) if match.shared else match
+
+        connector.lookup = insisting
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

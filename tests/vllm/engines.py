@@ -65,8 +65,13 @@ class Engine:
         """Answers to requests that run one by one."""
         return [self.ask(request)[0] for request in requests]
 
-    def preemptions(self) -> int:
-        return int(self._call("preemptions"))
+    def insist(self, plan: str) -> None:
+        """From now on other models' caches are used by `plan`, whatever policies say."""
+        self._call("insist", plan)
+
+    def count(self, name: str, **labels: str) -> int:
+        """vLLM's counter `vllm:NAME`, all that have these labels together."""
+        return int(self._call("count", name, labels))
 
     def said(self, text: str) -> bool:
         """Whether it printed `text`."""

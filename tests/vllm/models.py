@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,11 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from droidspeak.connector import Connector, ConnectorOptions
 from droidspeak.integrations.transformers import DroidSpeak, Prefix, PrefixKV, capture
-from droidspeak.layerselect import FrontierPoint, Plan, Policy, PolicySet
+from droidspeak.layerselect import FrontierPoint, MapFile, Plan, Policy, PolicySet
 from droidspeak.layerselect.artifact import Side, write_policy
+from droidspeak.layerselect.mapfeatures import MapFeatures, columns
+from droidspeak.layerselect.mapping import Maps
+from droidspeak.layerselect.ridge import LinearMap
 from droidspeak.storage import ChunkKey, PrefixHasher, Slot, SlotKind, SourceManifest, Tier
 
 from .engine import Answer
@@ -90,15 +93,39 @@ def renamed(manifest: SourceManifest, name: str) -> SourceManifest:
 
 
 def write_plan(
-    folder: Path, sender: SourceManifest, receiver: SourceManifest, plan: str, quality: float = 1.0
+    folder: Path,
+    sender: SourceManifest,
+    receiver: SourceManifest,
+    plan: str,
+    quality: float = 1.0,
+    *,
+    maps: MapFile | None = None,
+    also: Mapping[str, float] | None = None,
 ) -> str:
-    """Writes a policy of one plan; returns the folder as configuration has it."""
+    """Writes a policy of one plan, and others of less quality; returns the folder as configuration has it."""
     folder.mkdir(exist_ok=True)
-    point = FrontierPoint(Plan.parse(plan, sender.architecture.layers), quality)
-    policy = Policy(sender.source_id, receiver.source_id, (point,))
+    plans = {**(also or {}), plan: quality}
+    points = tuple(FrontierPoint(Plan.parse(text, LAYERS), score) for text, score in plans.items())
+    policy = Policy(sender.source_id, receiver.source_id, points, maps=maps)
     path = folder / f"{sender.source_id[:12]}-{receiver.source_id[:12]}.json"
     write_policy(path, policy, Side.of("sender", sender), Side.of("receiver", receiver))
     return str(folder)
+
+
+def write_maps(path: Path, kind: MapFeatures, sender: SourceManifest, receiver: SourceManifest) -> MapFile:
+    """Maps of all layers that make no sense, and are the same for the same kind."""
+    path.parent.mkdir(exist_ok=True)
+    draw = torch.Generator().manual_seed(5)
+
+    def linear(mapped: int, outputs: int) -> LinearMap:
+        features = columns(kind, mapped, HIDDEN)
+        weight = torch.randn(features, outputs, generator=draw) / features**0.5
+        return LinearMap(weight, torch.randn(outputs, generator=draw) / 4)
+
+    kv = 2 * sender.architecture.kv_heads * sender.architecture.head_dim
+    e_maps = {layer: linear(2 * HIDDEN, HIDDEN) for layer in range(1, LAYERS)}
+    kv_maps = {layer: linear(kv, kv) for layer in range(LAYERS)}
+    return Maps(kind, e_maps, kv_maps, (sender.source_id, receiver.source_id)).save(path)
 
 
 def store_prefill(
@@ -185,6 +212,11 @@ def assert_near(mine: PrefixKV, right: PrefixKV, near: float = NEAR) -> None:
     pairs += [(mine.inputs[layer], right.inputs[layer]) for layer in mine.inputs]
     for one, other in pairs:
         torch.testing.assert_close(one, other[: len(one)], rtol=0, atol=near)
+
+
+def logits_of(answer: Answer) -> torch.Tensor:
+    """Of an engine with `logprobs_mode="raw_logits"` that was asked for all: `[places, vocabulary]`."""
+    return torch.tensor([[place[token] for token in range(VOCABULARY)] for place in answer.logprobs])
 
 
 def assert_said(answer: Answer, right: Reference, near: float = NEAR) -> None:

@@ -172,6 +172,13 @@ class Daemon:
         assert ready.startswith("READY"), ready
         self.port = int(ready.rpartition(":")[2])
 
+    def freeze(self) -> None:
+        """It is there, and does nothing any more."""
+        self._process.send_signal(signal.SIGSTOP)
+
     def kill(self) -> None:
+        """Ends it by SIGKILL; one that is dead already stays so."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()

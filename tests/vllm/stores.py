@@ -63,6 +63,7 @@ class Wire:
         port: where it begins.
         budget: bytes that it still carries from the other end; beyond, it is cut, or stalls.
         stalls: whether it then only carries no more, instead of ending.
+        then: what happens beyond, once, instead: the wire goes on carrying.
     """
 
     def __init__(self, port: int) -> None:
@@ -71,13 +72,14 @@ class Wire:
         self._sockets: list[socket.socket] = []
         self.budget: int | None = None
         self.stalls = False
+        self.then: Callable[[], object] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def mend(self) -> None:
         """Carries everything again; what was cut or stalled stays so."""
-        self.budget, self.stalls = None, False
+        self.budget, self.stalls, self.then = None, False, None
         self._drop()
 
     def _accept(self) -> None:
@@ -89,7 +91,11 @@ class Wire:
             if self.budget is not None and self.budget <= 0 and not self.stalls:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self._target))
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except ConnectionRefusedError:
+                near.close()
+                continue
             with self._lock:
                 self._sockets += [near, far]
             threading.Thread(target=self._carry, args=(near, far, False), daemon=True).start()
@@ -112,7 +118,10 @@ class Wire:
             if self.budget is None:
                 return True
             self.budget -= count
-            return self.budget >= 0
+            if self.budget < 0 and self.then is not None:
+                self.then()
+                self.budget = self.then = None
+            return self.budget is None or self.budget >= 0
 
     def _drop(self) -> None:
         with self._lock:

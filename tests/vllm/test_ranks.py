@@ -1,4 +1,4 @@
-"""Tensor parallelism: each rank saves and loads its own shard, and all fail together."""
+"""Tensor parallelism: each rank saves its own shard and loads what it needs of any, and all fail together."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from droidspeak.integrations.transformers import PrefixKV, capture
+from droidspeak.layerselect.mapfeatures import MapFeatures
 
 from .engines import Request
 from .models import (
+    NEAR,
     answer,
     assert_near,
     assert_said,
@@ -16,8 +18,10 @@ from .models import (
     keys_of,
     load,
     prompt,
+    renamed,
     store_prefill,
     stored,
+    write_maps,
     write_plan,
 )
 from .stores import Disk
@@ -31,11 +35,19 @@ def test_two_ranks(start, folders, manifests, tmp_path, mode):
     model = load(folders[1])
     policies = write_plan(tmp_path / "policies", sender, receiver, "1-2")
     write_plan(tmp_path / "policies", receiver, sender, "1-2")  # for its sake the receiver saves E of layer 1
+    mapper = renamed(sender, "mapped")
+    maps = write_maps(tmp_path / "policies" / "maps.safetensors", MapFeatures.EMBEDDING, mapper, receiver)
+    write_plan(tmp_path / "policies", mapper, receiver, "2-2+emap+kvmap:0-1", maps=maps)
     shared, one_broken, own = (prompt(number, LENGTH) for number in range(3))
+    of_one_rank, mapped = prompt(4, LENGTH), prompt(5, LENGTH)
     longer = [*own, *prompt(3, 100)]
     with Disk(tmp_path / "store") as disk:
         for ids in (shared, one_broken):
             store_prefill(disk.tier, folders[0], sender, ids, SIZE, ranks=2)
+        # Engines of another degree have saved these.
+        store_prefill(disk.tier, folders[0], sender, of_one_rank, SIZE)
+        store_prefill(disk.tier, folders[0], mapper, mapped, SIZE)
+        store_prefill(disk.tier, folders[1], receiver, of_one_rank[:64], SIZE)
         disk.file(keys_of(sender, one_broken, SIZE, shard="1of2")[1]).write_bytes(b"nothing")
         with start(
             folders[1],
@@ -60,6 +72,7 @@ def test_two_ranks(start, folders, manifests, tmp_path, mode):
                 disk.wait(keys_of(receiver, longer, SIZE, shard=shard))
             assert engine.forget()
             (again,) = engine.ask(Request(longer))
+            others, by_maps = engine.tell(Request(of_one_rank), Request(mapped))
         assert mixed.status == ("applied", "cross_model_hit")
         assert broken.status == ("fallback_reprefill", "corrupt")
         assert recovered.status == ("fallback_reprefill", "evicted")
@@ -73,6 +86,14 @@ def test_two_ranks(start, folders, manifests, tmp_path, mode):
             part = [(k[:, [rank]], v[:, [rank]]) for k, v in whole.layers]
             mine = stored(disk.tier, keys_of(receiver, longer, SIZE, shard=shard), [1])
             assert_near(mine, PrefixKV(part, whole.inputs))
-        store_prefill(disk.tier, folders[0], sender, shared, SIZE)
+        assert others.status == by_maps.status == ("applied", "cross_model_hit")
+        assert (others.told["exact_tokens"], others.told["shared_tokens"]) == (64, 128)
+        # The other way round: what two ranks have saved serves one.
         with door(folders[1], disk.tier, SIZE, policies) as transformers:
-            assert_said(mixed, answer(model, shared, transformers.prefill(shared)))
+            for ids, answered in ((shared, mixed), (of_one_rank, others), (mapped, by_maps)):
+                assert_said(answered, answer(model, ids, transformers.prefill(ids)))
+            theirs = transformers.prefill(longer)
+        assert theirs.outcome.exact_tokens == 320
+        for layer, (k, v) in enumerate(theirs.layers):
+            for mine, right in zip((k, v), whole.layers[layer], strict=True):
+                torch.testing.assert_close(mine, right[:320], rtol=0, atol=NEAR)

@@ -8,8 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -231,6 +233,24 @@ def test_metrics_count_requests(pair):
     stored = len(pair.keys())
     wait_for(lambda: settled_events(pair.sender).get(("chunks_saved", "")) == stored, "chunks_saved", 20)
     assert not any(event in ("save_failures", "lookup_failures") for event, _ in events(pair.sender))
+
+
+def test_metrics_of_the_table(pair):
+    pair.send(14)
+    ask(pair.receiver, prompt(14))
+    settled_events(pair.receiver)
+    text = httpx.get(f"{pair.receiver.url}/metrics", timeout=60).text
+    found = {
+        sample.name: sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("droidspeak_") and sample.value
+    }
+    names = ("requests_total", "hit_tokens_total", "load_bytes_total", "lookup_seconds_count")
+    assert {f"droidspeak_{name}" for name in names} <= found.keys()
+    assert {"model_name", "engine", "source", "receiver"} == found[
+        "droidspeak_hit_tokens_total"
+    ].labels.keys()
 
 
 def settled_events(server: Server) -> dict[tuple[str, str], int]:

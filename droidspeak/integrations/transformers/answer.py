@@ -109,6 +109,7 @@ def answer(
             token = int(logits[0, -1].argmax())
             if n == 0:
                 ttft = time.perf_counter() - started
+                droid.record_ttft(prefix.outcome, ttft)
             if token in eos_ids:
                 break
             said.append(token)

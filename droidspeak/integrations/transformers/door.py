@@ -12,11 +12,12 @@ are never saved. Whatever is wrong with the cache, the model prefills and the ou
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from transformers.cache_utils import DynamicCache
 from droidspeak.connector import Connector, ConnectorOptions, LayerStream, Match, Outcome, Reason
 from droidspeak.errors import LoadFailed, MapsUnusable, UsageError
 from droidspeak.integrations.transformers.decoder import Decoder
+from droidspeak.integrations.transformers.firsttoken import FirstToken
 from droidspeak.integrations.transformers.identity import ModelIdentity
 from droidspeak.integrations.transformers.kv import KV, empty_cache, past_key_values, plan_batch, stack
 from droidspeak.integrations.transformers.partial import partial_prefill
@@ -33,11 +35,16 @@ from droidspeak.integrations.transformers.shadow import Shadow
 from droidspeak.layerselect import Plan, PolicySet, Requirement
 from droidspeak.layerselect.drift import DriftGuard, DriftOptions
 from droidspeak.layerselect.mapping import MapCache
+from droidspeak.logs import limited
 from droidspeak.storage import SourceManifest, Tier
+from droidspeak.tracing import Attributes, span
+
+if TYPE_CHECKING:
+    from droidspeak.telemetry.export import MetricsServer
 
 __all__ = ["DroidSpeak", "Generation", "Prefix"]
 
-_log = logging.getLogger(__name__)
+_log = limited(logging.getLogger(__name__))
 
 # Modes of `generate` that would read the prompt anew over its prefix, and say something else.
 _WITHOUT_PREFIX = (
@@ -113,7 +120,7 @@ class DroidSpeak:
         self.model = model
         self.decoder = Decoder(model)
         guard = DriftGuard(drift) if drift else None
-        self.connector = Connector(store, policies, options, guard=guard)
+        self.connector = Connector(store, policies, options, guard=guard, engine="transformers")
         self._identity = ModelIdentity(model, folder)
         self._maps = MapCache(self.decoder.device)
         self._save, self._requirement = save, requirement
@@ -150,13 +157,27 @@ class DroidSpeak:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UsageError(f"a prompt is a flat list of at least one token id, not {list(ids.shape)}")
+        with span("droidspeak.prefill", {"droidspeak.tokens": len(ids)}) as traced:
+            prefix = self._prefix(ids, salt, sender, requirement or self._requirement, share)
+            outcome = prefix.outcome
+            traced.set({"droidspeak.status": outcome.status.value, "droidspeak.reason": outcome.reason.value})
+        return prefix
+
+    def _prefix(
+        self,
+        ids: Tensor,
+        salt: str,
+        sender: SourceManifest | None,
+        requirement: Requirement | None,
+        share: bool,
+    ) -> Prefix:
         receiver = self.manifest
         match = self.connector.lookup(
             ids,
             receiver,
             salt=salt,
             sender=sender,
-            requirement=requirement or self._requirement,
+            requirement=requirement,
             share=share,
         )
         if receiver is not None and self._save:
@@ -165,7 +186,7 @@ class DroidSpeak:
         prefix = self._load(ids, match) if match else Prefix(self.decoder.config, (), _outcome(match))
         if not prefix.outcome.shared_tokens:
             prefix = self._prefill_rest(ids, prefix, receiver, salt)
-        self.connector.record(prefix.outcome)
+        self.connector.record(prefix.outcome, match)
         if self._shadow is not None:
             self._shadow.offer(ids, match, prefix.outcome, prefix.layers)
         return prefix
@@ -191,6 +212,7 @@ class DroidSpeak:
         Raises:
             UsageError: prompts that are not left-padded, or a mode of `generate` that takes no prefix.
         """
+        started = time.perf_counter()
         copies = _copies(self.model, options)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if input_ids.ndim != 2 or mask.shape != input_ids.shape:
@@ -207,11 +229,36 @@ class DroidSpeak:
         cache = self._joined(prefixes, lengths, width=input_ids.shape[1])
         if copies > 1:
             cache.batch_repeat_interleave(copies)
+        first = FirstToken()
+        options["stopping_criteria"] = first.beside(options.get("stopping_criteria"))
         with torch.no_grad():
             sequences = self.model.generate(
                 input_ids=input_ids, attention_mask=mask, past_key_values=cache, **options
             )
-        return Generation(sequences, tuple(prefix.outcome for prefix in prefixes))
+        outcomes = tuple(prefix.outcome for prefix in prefixes)
+        for outcome in outcomes if first.at else ():
+            self.record_ttft(outcome, first.at - started)
+        return Generation(sequences, outcomes)
+
+    def record_ttft(self, outcome: Outcome, seconds: float) -> None:
+        """Counts the time to first token of a request, for those with a generate loop of their own."""
+        self.connector.record_ttft(outcome, seconds)
+
+    def expose_metrics(self, port: int | None = None) -> MetricsServer | None:
+        """Puts this model's metrics (docs/metrics.md) on prometheus_client's registry.
+
+        Args:
+            port: serve that registry on 127.0.0.1:`port` too, until what is returned is closed; 0 takes a
+                free one. `droidspeak.telemetry.export` can do more.
+
+        Raises:
+            MissingExtra: prometheus_client is not installed.
+            ConfigError: the port is taken.
+        """
+        from droidspeak.telemetry.export import expose, serve_metrics
+
+        expose(self.connector)
+        return None if port is None else serve_metrics(port=port)
 
     def flush(self) -> None:
         """Waits until everything saved so far has been handed to the store, or refused by it.
@@ -253,7 +300,10 @@ class DroidSpeak:
         try:
             # First: without them nothing that is loaded is of use.
             maps = self._maps.get(match.policy) if match.policy and plan.needs_maps else None
-            with self.connector.load(match, self.decoder.device) as stream:
+            with (
+                self.connector.load(match, self.decoder.device) as stream,
+                span("droidspeak.recompute", _work_of(plan, match)),
+            ):
                 layers = partial_prefill(
                     plan,
                     self.decoder,
@@ -319,6 +369,14 @@ def _copies(model: Any, options: Mapping[str, Any]) -> int:
     if refused:
         raise UsageError(f"{', '.join(refused)}: generation over a prefix is not possible with it")
     return max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+
+
+def _work_of(plan: Plan, match: Match) -> Attributes:
+    return {
+        "droidspeak.recomputed_layers": plan.recomputed if match.shared else 0,
+        "droidspeak.mapped_layers": len(plan.mapped),
+        "droidspeak.shared_tokens": match.shared_tokens,
+    }
 
 
 def _append(own: KV, new: KV) -> KV:

@@ -10,7 +10,7 @@ from torch import Tensor
 from droidspeak.errors import UsageError
 from droidspeak.integrations.transformers.decoder import Decoder
 from droidspeak.integrations.transformers.partial import PrefixKV, capture
-from droidspeak.integrations.transformers.rotary import Rotary
+from droidspeak.integrations.transformers.rotary import DecoderRotary
 from droidspeak.layerselect.mapfeatures import columns, e_features, kv_features
 from droidspeak.layerselect.mapping import MapFeatures, Maps
 from droidspeak.layerselect.ridge import LinearMap, RidgeFit
@@ -55,7 +55,7 @@ class MapFitter:
         self._kv_layers = list(every if kv_layers is None else kv_layers)
         self._e_fits: dict[int, RidgeFit] = {}
         self._kv_fits: dict[int, RidgeFit] = {}
-        self._rotaries = Rotary(sender), Rotary(receiver)
+        self._rotaries = DecoderRotary(sender), DecoderRotary(receiver)
         self.tokens = 0
         self._check()
 

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from droidspeak.errors import UnknownIdentity
+from droidspeak.logs import limited
 from droidspeak.storage import Architecture, SourceManifest
 from droidspeak.storage.codecs import as_bytes
 from droidspeak.storage.identity import tokenizer_digest, weights_digest
 
 __all__ = ["ModelIdentity", "manifest_of"]
 
-_log = logging.getLogger(__name__)
+_log = limited(logging.getLogger(__name__))
 
 _SAMPLE = 64
 _REMEMBERED = 32

@@ -17,9 +17,10 @@ from droidspeak.errors import UsageError
 from droidspeak.integrations.transformers.cacheblend import blend
 from droidspeak.integrations.transformers.decoder import Decoder
 from droidspeak.integrations.transformers.kv import KV
-from droidspeak.integrations.transformers.mapped import MappedSource
-from droidspeak.integrations.transformers.partial import LayerSource, capture
+from droidspeak.integrations.transformers.mapped import mapped_source
+from droidspeak.integrations.transformers.partial import capture
 from droidspeak.layerselect import Action, CacheBlend, Method, Plan, ReuseOne
+from droidspeak.layerselect.mapped import LayerSource
 from droidspeak.layerselect.mapping import Maps
 from droidspeak.layerselect.tasks import Timing
 
@@ -68,7 +69,7 @@ class Mixer:
         self.sent = capture(sender, token_ids, {layer for plan in plans for layer in plan.transition_layers})
         blends = any(isinstance(method, CacheBlend) for method in methods)
         self.own = capture(receiver, token_ids, [1] if blends else ())
-        self._mapped = MappedSource(self.sent, maps, receiver, token_ids) if maps else None
+        self._mapped = mapped_source(self.sent, maps, receiver, token_ids) if maps else None
         self._kv: dict[int, KV] = {}
         self.runs: list[tuple[int, int]] = []
         self.timings: list[Timing] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,21 +12,12 @@ from transformers import PreTrainedModel
 from droidspeak.errors import UsageError
 from droidspeak.integrations.transformers.decoder import Decoder
 from droidspeak.integrations.transformers.kv import KV
-from droidspeak.integrations.transformers.mapped import MappedSource
+from droidspeak.integrations.transformers.mapped import mapped_source
 from droidspeak.layerselect import Action, Group, Plan
+from droidspeak.layerselect.mapped import LayerSource
 from droidspeak.layerselect.mapping import Maps
 
-__all__ = ["LayerSource", "PrefixKV", "capture", "partial_prefill"]
-
-
-class LayerSource(Protocol):
-    """Where K, V and E come from: a `LayerStream`, or tensors at hand (`PrefixKV`)."""
-
-    def e(self, layer: int) -> Tensor:
-        """E of a transition layer for the tokens after the exact ones, `[tokens, hidden]`."""
-
-    def kv(self, layer: int) -> KV:
-        """K and V of a layer for all tokens; of a recomputed layer only the exact ones need be there."""
+__all__ = ["PrefixKV", "capture", "partial_prefill"]
 
 
 @dataclass
@@ -99,12 +89,12 @@ def partial_prefill(
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     if plan.layers != decoder.num_layers:
         raise UsageError(f"plan of {plan.layers} layers for a model of {decoder.num_layers}")
-    mapped = source
+    mapped: LayerSource = source
     if plan.needs_maps:
         if maps is None:
             raise UsageError(f"plan {plan} maps: it needs the maps of its policy")
         maps.require(plan)
-        mapped = MappedSource(source, maps, decoder, token_ids, exact_tokens)
+        mapped = mapped_source(source, maps, decoder, token_ids, exact_tokens)
     mixed: dict[int, KV] = {}
     for group in plan.groups:
         e = (mapped if plan.map_e else source).e(group.start) if group.start else None

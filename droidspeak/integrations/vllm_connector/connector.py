@@ -49,7 +49,10 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
         tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
         rank = _rank() if role is KVConnectorRole.WORKER else 0
         self._connector = Connector(
-            self._store, open_policies(settings), _options(settings, f"{rank}of{tensor_parallel}")
+            self._store,
+            open_policies(settings),
+            _options(settings, f"{rank}of{tensor_parallel}"),
+            engine="vllm",
         )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
@@ -166,12 +169,14 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
+        if self._scheduler is not None:
+            self._scheduler.count_ended()
         self._connector.close()
         release_store(self._store)
 
 
 def _options(settings: Settings, shard: str) -> ConnectorOptions:
-    return replace(settings.connector_options, shard=shard, maps=False)
+    return replace(settings.connector_options, shard=shard)
 
 
 def _on_cpu() -> bool:

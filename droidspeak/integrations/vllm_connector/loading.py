@@ -12,6 +12,8 @@ from droidspeak.integrations.vllm_connector.messages import LoadOrder
 from droidspeak.integrations.vllm_connector.paging import PagedLayer, slots_of
 from droidspeak.integrations.vllm_connector.recompute import PartialPrefill
 from droidspeak.layerselect import Group, Plan
+from droidspeak.layerselect.mapped import LayerSource, MappedSource
+from droidspeak.layerselect.mapping import Maps
 
 __all__ = ["Loading"]
 
@@ -20,7 +22,11 @@ class Loading:
     """Brings one order into the blocks, layer by layer or piece by piece.
 
     Exact rows come first: a recomputed group attends to them. `prefill` is needed where the plan recomputes.
-    All methods raise `LoadFailed` when the stream has ended.
+    All methods raise `LoadFailed` when the stream has ended, and `MapsUnusable` when maps do not fit.
+
+    Args:
+        stream: of this rank's heads, or of all where the plan maps K and V.
+        heads: this rank's among those of `stream`.
     """
 
     def __init__(
@@ -31,9 +37,12 @@ class Loading:
         *,
         block_size: int,
         device: torch.device,
+        heads: slice,
     ) -> None:
         self.order, self.stream = order, stream
-        self._layers, self._block_size = layers, block_size
+        self._layers, self._block_size, self._heads = layers, block_size, heads
+        self._mapped: LayerSource = stream
+        self._mapped_e: dict[int, Tensor] = {}
         self._blocks = torch.tensor(order.block_ids, dtype=torch.int64, device=device)
         self._plan = order.match.plan or Plan.recompute(len(layers), ())
         self._exact = order.match.exact_tokens
@@ -50,6 +59,20 @@ class Loading:
     def blocks(self) -> Tensor:
         """Blocks that this writes to, which may hold anything if it has failed; int64."""
         return self._blocks[self.order.first // self._block_size :]
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether `map_by` must still be called before anything is brought into the blocks."""
+        return self._plan.needs_maps and self._mapped is self.stream
+
+    def map_by(self, maps: Maps, prefill: PartialPrefill) -> None:
+        """Maps what the plan says by `maps`. Raises `MapsUnusable`."""
+        maps.require(self._plan)
+        ids = torch.tensor(self.order.token_ids, device=self._blocks.device)
+        mapped = MappedSource(self.stream, maps, prefill.rotary, lambda: prefill.embed(ids), self._exact)
+        # All ranks embed together, so they do it now, and not when they come to a layer.
+        _ = mapped.embeddings
+        self._mapped = mapped
 
     def await_recompute(self) -> None:
         """Waits for all that the recomputed groups need."""
@@ -113,11 +136,18 @@ class Loading:
         if layer == 0:
             ids = torch.tensor(self.order.token_ids[start:stop], device=self._blocks.device)
             return prefill.embed(ids)
-        return self.stream.e(layer)[start - self._exact : stop - self._exact].to(self._blocks.device)
+        return self._transition_e(layer)[start - self._exact : stop - self._exact].to(self._blocks.device)
+
+    def _transition_e(self, layer: int) -> Tensor:
+        if not self._plan.map_e:
+            return self.stream.e(layer)
+        if layer not in self._mapped_e:
+            self._mapped_e[layer] = self._mapped.e(layer)
+        return self._mapped_e[layer]
 
     def _write(self, layer: int, end: int) -> None:
         start = self.order.first
         if start < end:
-            k, v = self.stream.kv(layer)
-            slots = slots_of(self._blocks, start, end, self._block_size)
-            self._layers[layer].write(k[start:end], v[start:end], slots)
+            source = self._mapped if layer in self._plan.mapped else self.stream
+            k, v = (rows[start:end, self._heads] for rows in source.kv(layer))
+            self._layers[layer].write(k, v, slots_of(self._blocks, start, end, self._block_size))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from droidspeak.integrations.vllm_connector.paging import slots_of
+from droidspeak.integrations.vllm_connector.rotary import EngineRotary
 
 __all__ = ["PartialPrefill"]
 
@@ -37,6 +39,11 @@ class PartialPrefill:
         self._block_size = vllm_config.cache_config.block_size
         self._builders: dict[tuple[int, ...], Any] = {}
         self.budget = budget
+
+    @cached_property
+    def rotary(self) -> EngineRotary:
+        """Of the layers. Raises `MapsUnusable`."""
+        return EngineRotary(self._layers)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:

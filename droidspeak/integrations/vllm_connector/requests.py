@@ -77,6 +77,7 @@ class RequestState:
         approximate: another model's KV is in its blocks, so nothing of it is exact from there on.
         adapter: its LoRA in vLLM's numbers, 0 for none.
         doubtful: it may have been computed with another request's adapter.
+        report: of its load, `None` before it has ended.
         failure: a load failed; the request asks for no other one.
         block_ids: of its tokens from 0 on.
         saved: leading chunks that need no saving any more.
@@ -95,7 +96,7 @@ class RequestState:
     adapter: int = 0
     doubtful: bool = False
     failure: Reason | None = None
-    report: LoadReport = field(default_factory=lambda: LoadReport(0, 0.0))
+    report: LoadReport | None = None
     block_ids: list[int] = field(default_factory=list)
     saved: int = 0
 
@@ -103,7 +104,8 @@ class RequestState:
     def outcome(self) -> Outcome:
         """The answer to the request, as far as it is known."""
         match = self.match
-        loaded = self.report.bytes_loaded, self.report.wait_seconds
+        report = self.report or LoadReport(0, 0.0)
+        loaded = report.bytes_loaded, report.wait_seconds
         if self.failure is not None:
             return Outcome(self.failure, len(self.tokens), 0, 0, None, None, *loaded)
         if not self.options.load:

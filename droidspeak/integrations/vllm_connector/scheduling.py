@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from droidspeak.connector import Connector, Match, Outcome
+from droidspeak.connector import Connector, Match, Outcome, Reason
 from droidspeak.integrations.vllm_connector.identity import Identities
 from droidspeak.integrations.vllm_connector.messages import LoadOrder, Reports, SaveOrder, StepOrders
 from droidspeak.integrations.vllm_connector.requests import PARAMETERS, RequestOptions, RequestState
@@ -60,6 +60,8 @@ class SchedulerHalf:
         self._mixes_adapters = mixes_adapters
         self._requests: dict[str, RequestState] = {}
         self._orders: list[LoadOrder] = []
+        # Requests that ended in the step that loaded for them: vLLM tells of the load afterwards.
+        self._unreported: dict[str, RequestState] = {}
         self.cache_manager: Any = None
 
     def matched(self, request: Any, computed: int) -> tuple[int, bool]:
@@ -150,6 +152,7 @@ class SchedulerHalf:
 
     def orders(self, step: Any) -> StepOrders:
         """What the workers do in `step`."""
+        self.count_ended()
         loads, self._orders = self._orders, []
         if self._mixes_adapters:
             self._doubt_mixed(step)
@@ -204,18 +207,32 @@ class SchedulerHalf:
             # one never does.
             self.cache_manager.evict_blocks(broken_blocks)
         for request_id, report in (reports.loads if reports else {}).items():
-            if (state := self._requests.get(request_id)) is not None:
+            state = self._requests.get(request_id) or self._unreported.get(request_id)
+            if state is not None:
                 state.report, state.failure = report, report.failure
+                if report.failure is Reason.MAPS_UNUSABLE and state.match and state.match.source:
+                    self._connector.forgo_maps(state.match.source)
                 if report.failure:
                     state.match, state.saved = None, 0
+        self.count_ended()
+
+    def count_ended(self) -> None:
+        """Counts the requests that ended before it was known what their loads brought."""
+        ended, self._unreported = self._unreported, {}
+        for state in ended.values():
+            self._connector.record(state.outcome, state.match)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
-        """Counts the request, and says what became of it."""
+        """Says what became of the request. It is counted when its load has been reported, too."""
         state = self._requests.pop(request.request_id, None)
         if state is None:
             return None
         self._orders = [order for order in self._orders if order.request_id != request.request_id]
-        return {PARAMETERS: _told(self._connector.record(state.outcome))}
+        if state.ordered and state.report is None:
+            self._unreported[request.request_id] = state
+        else:
+            self._connector.record(state.outcome, state.match)
+        return {PARAMETERS: _told(state.outcome)}
 
 
 def _plain(request: Any) -> bool:

@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 import torch
 
 from droidspeak.connector import Connector, Reason
-from droidspeak.errors import Incompatible, LoadFailed
+from droidspeak.connector.shards import Shard
+from droidspeak.errors import Incompatible, LoadFailed, MapsUnusable
 from droidspeak.integrations.vllm_connector.attach import model_of
 from droidspeak.integrations.vllm_connector.loading import Loading
 from droidspeak.integrations.vllm_connector.messages import LoadOrder, LoadReport, Reports, StepOrders
 from droidspeak.integrations.vllm_connector.paging import PagedLayer
 from droidspeak.integrations.vllm_connector.recompute import PartialPrefill
 from droidspeak.integrations.vllm_connector.saving import EPages, Saver, captured_layers
+from droidspeak.layerselect.mapping import MapCache
 
 __all__ = ["WorkerHalf"]
 
@@ -47,6 +49,7 @@ class WorkerHalf:
         self._block_size = vllm_config.cache_config.block_size
         self._layers: dict[int, PagedLayer] = {}
         self._prefill: PartialPrefill | None = None
+        self._maps = MapCache()
         self._saver: Saver | None = None
         self._now: list[Loading] = []
         self._background: list[Loading] = []
@@ -67,6 +70,7 @@ class WorkerHalf:
         self._layers = {
             layer: PagedLayer(module, caches[name], order) for layer, (name, module) in attention.items()
         }
+        self._maps = MapCache(next(iter(self._layers.values())).device)
         if order is not None:
             pages = _e_pages(self._config, caches)
             self._saver = Saver(self._connector, self._layers, pages, block_size=self._block_size)
@@ -95,17 +99,44 @@ class WorkerHalf:
             else:
                 self._now.append(loading)
                 with self._failing(loading):
+                    self._map(loading)
                     self._together(loading.await_recompute)
                     self._recompute(loading)
         self._advance()
 
     def _begin(self, order: LoadOrder) -> Loading:
         device = next(iter(self._layers.values())).device
-        stream = self._connector.load(order.match)
-        loading = Loading(order, stream, self._layers, block_size=self._block_size, device=device)
+        shard, heads = self._heads_for(order)
+        plan = order.match.plan
+        # What is mapped is mapped where the layers are.
+        wanted = device if plan is not None and plan.needs_maps else "cpu"
+        loading = Loading(
+            order,
+            self._connector.load(order.match, wanted, shard=shard),
+            self._layers,
+            block_size=self._block_size,
+            device=device,
+            heads=heads,
+        )
         if self._saver is not None:
             self._saver.loading(loading.blocks)
         return loading
+
+    def _heads_for(self, order: LoadOrder) -> tuple[Shard, slice]:
+        """The shard to load, and where this rank's heads are in it: maps see all heads of a token."""
+        mine, plan, receiver = self._connector.shard, order.match.plan, order.match.receiver
+        assert receiver is not None, "a match with chunks has a receiver"
+        heads = mine.heads(receiver.architecture.kv_heads)
+        if plan is not None and plan.mapped:
+            return Shard(0, 1), slice(heads.start, heads.stop)
+        return mine, slice(None)
+
+    def _map(self, loading: Loading) -> None:
+        """Gets maps ready, on all ranks or on none."""
+        policy = loading.order.match.policy
+        if loading.needs_maps and policy is not None:
+            maps = self._together(lambda: (self._maps.get(policy), self._ready_prefill().rotary)[0])
+            loading.map_by(maps, self._ready_prefill())
 
     def _recompute(self, loading: Loading) -> None:
         if loading.recomputes:
@@ -122,10 +153,10 @@ class WorkerHalf:
 
     def _together(self, work: Callable[[], T]) -> T:
         """Does `work`, and fails if it fails on any rank: all go the same way, or collectives never meet."""
-        failure: LoadFailed | None = None
+        failure: LoadFailed | MapsUnusable | None = None
         try:
             done = work()
-        except LoadFailed as error:
+        except (LoadFailed, MapsUnusable) as error:
             failure = error
         if self._agree(failure is None):
             return done
@@ -151,6 +182,7 @@ class WorkerHalf:
         else:
             return
         with self._failing(loading):
+            self._map(loading)
             if loading.recomputes:
                 self._together(loading.await_recompute)
             if not self._together(lambda: self._piece(loading)):
@@ -214,10 +246,10 @@ class WorkerHalf:
     def _failing(self, loading: Loading) -> Iterator[None]:
         try:
             yield
-        except LoadFailed as error:
+        except (LoadFailed, MapsUnusable) as error:
             _log.warning("request %s is prefilled: %s", loading.order.request_id, error)
             self._broken.update(loading.blocks.tolist())
-            self._end(loading, Reason(error.reason))
+            self._end(loading, _reason(error))
 
     def _end(self, loading: Loading, failure: Reason | None = None) -> None:
         loading.stream.close()
@@ -230,6 +262,10 @@ class WorkerHalf:
             self._received.add(loading.order.request_id)
         report = LoadReport(loading.stream.bytes_loaded, loading.stream.wait_seconds, failure)
         self._reports.loads[loading.order.request_id] = report
+
+
+def _reason(error: LoadFailed | MapsUnusable) -> Reason:
+    return Reason(error.reason) if isinstance(error, LoadFailed) else Reason.MAPS_UNUSABLE
 
 
 _E_LAYER = "cache_only_layers"
