@@ -13,7 +13,9 @@ import pytest
 from droidspeak.errors import ChunkCorrupt, TierTimeout, TierUnavailable, UsageError
 from droidspeak.storage.container import Chunk, Slot, SlotKind
 from droidspeak.storage.keys import ChunkKey
+from droidspeak.storage.late import LateTier
 from droidspeak.storage.memory import MemoryTier
+from droidspeak.storage.selection import Condition, Selection
 from droidspeak.storage.testing import TierConformance, assert_holds, make_chunk, make_key
 from droidspeak.storage.tier import Tier
 from droidspeak.storage.wrappers import (
@@ -291,3 +293,31 @@ def test_no_call_of_many_threads_is_lost(inner: MemoryTier) -> None:
     for thread in threads:
         thread.join()
     assert tier.snapshot()["head"].calls == 1600
+
+
+# Listings
+
+
+def test_a_wrapper_with_a_name_of_its_own_lists_under_it(inner: MemoryTier) -> None:
+    tier = MeteredTier(inner, name="fast")
+    assert {record.info.tier for record in tier.records()} == {"fast"}
+    assert len(list(tier.select(Selection((Condition("tier", "=", "fast"),))))) == 3
+    assert list(tier.select(Selection((Condition("tier", "=", inner.name),)))) == []
+    assert tier.by_tier().keys() == {"fast"}
+    assert MeteredTier(inner).by_tier().keys() == {inner.name}
+
+
+def test_read_only_lists_what_it_does_not_hide(inner: MemoryTier) -> None:
+    tier = ReadOnlyTier(inner)
+    tier.quarantine(make_key(1))
+    for found in (tier.records(), tier.select(Selection())):
+        assert {record.info.key for record in found} == {make_key(0), make_key(2)}
+
+
+def test_a_tier_that_is_opened_late_can_be_listed_first(inner: MemoryTier) -> None:
+    for listing in (
+        lambda tier: list(tier.select(Selection())),
+        lambda tier: list(tier.records()),
+        lambda tier: next(iter(tier.by_tier().values())).chunks * [None],
+    ):
+        assert len(listing(LateTier(lambda: inner, inner.name))) == 3

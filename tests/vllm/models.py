@@ -105,7 +105,9 @@ def write_plan(
     """Writes a policy of one plan, and others of less quality; returns the folder as configuration has it."""
     folder.mkdir(exist_ok=True)
     plans = {**(also or {}), plan: quality}
-    points = tuple(FrontierPoint(Plan.parse(text, LAYERS), score) for text, score in plans.items())
+    points = tuple(
+        FrontierPoint(Plan.parse(text, sender.architecture.layers), score) for text, score in plans.items()
+    )
     policy = Policy(sender.source_id, receiver.source_id, points, maps=maps)
     path = folder / f"{sender.source_id[:12]}-{receiver.source_id[:12]}.json"
     write_policy(path, policy, Side.of("sender", sender), Side.of("receiver", receiver))

@@ -26,7 +26,8 @@ def register() -> None:
     @functools.wraps(load_model)
     def noting(loader: Any, vllm_config: Any, model_config: Any, *rest: Any, **options: Any) -> Any:
         model = load_model(loader, vllm_config, model_config, *rest, **options)
-        if model_config is vllm_config.model_config:
+        # A draft model may come with a configuration of its own, but always with a prefix.
+        if model_config is vllm_config.model_config and not options.get("prefix"):
             _MODELS[_key(vllm_config)] = model
         return model
 

@@ -88,7 +88,7 @@ class Saver:
         e: EPages | None,
         *,
         block_size: int,
-        backlog: int = 1 << 30,
+        backlog: int,
     ) -> None:
         self._connector, self._layers, self._e = connector, layers, e
         self._block_size, self._backlog = block_size, backlog

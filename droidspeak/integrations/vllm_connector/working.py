@@ -61,10 +61,8 @@ class WorkerHalf:
 
     def register(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Takes the paged caches, by vLLM's names of layers."""
-        from vllm.model_executor.models.utils import extract_layer_index
-
         modules = self._config.compilation_config.static_forward_context
-        names = {extract_layer_index(name): name for name in caches if not name.startswith(_E_LAYER)}
+        names = _names_by_layer(self._config, caches)
         attention = {layer: (name, modules[name]) for layer, name in sorted(names.items())}
         order = self._measure(attention, caches)
         self._layers = {
@@ -73,7 +71,13 @@ class WorkerHalf:
         self._maps = MapCache(next(iter(self._layers.values())).device)
         if order is not None:
             pages = _e_pages(self._config, caches)
-            self._saver = Saver(self._connector, self._layers, pages, block_size=self._block_size)
+            self._saver = Saver(
+                self._connector,
+                self._layers,
+                pages,
+                block_size=self._block_size,
+                backlog=self._connector.options.save_backlog,
+            )
         if (model := model_of(self._config)) is not None:
             budget = self._config.scheduler_config.max_num_batched_tokens
             self._prefill = PartialPrefill(self._config, model, attention, budget=budget)
@@ -269,6 +273,21 @@ def _reason(error: LoadFailed | MapsUnusable) -> Reason:
 
 
 _E_LAYER = "cache_only_layers"
+
+
+def _names_by_layer(vllm_config: Any, caches: Mapping[str, torch.Tensor]) -> dict[int, str]:
+    """The names of the model's own layers, by number.
+
+    A draft model's come after them, with the same numbers or with ones beyond.
+    """
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    count = vllm_config.model_config.get_total_num_hidden_layers()
+    names: dict[int, str] = {}
+    for name in vllm_config.compilation_config.static_forward_context:
+        if name in caches and not name.startswith(_E_LAYER):
+            names.setdefault(extract_layer_index(name), name)
+    return {layer: name for layer, name in names.items() if layer < count}
 
 
 def _e_pages(vllm_config: Any, caches: Mapping[str, torch.Tensor]) -> EPages | None:
