@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 def _warnings_are_not_left_out() -> None:
     """What one test has warned of must not keep the next one's warning back."""
     logs.forget_all()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _children_can_be_interrupted() -> None:
+    """A shell's background job ignores Ctrl-C, and so would all processes that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
