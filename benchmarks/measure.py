@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Series", "interleaved", "machine", "table"]
+__all__ = ["Series", "interleaved", "machine", "put_section", "table"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def put_section(page: Path, heading: str, title: str, section: str) -> None:
+    """Puts the section that begins with `title` at the end of the page, in the place of an older one.
+
+    Args:
+        heading: what a page begins with that is not there yet.
+    """
+    text = page.read_text() if page.exists() else f"{heading}\n"
+    others = re.sub(rf"\n{re.escape(title)}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    page.write_text(f"{others.rstrip()}\n\n{section}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.measure import Series, machine, table
+from benchmarks.measure import Series, machine, put_section, table
 from droidspeak.storage.catalog import Catalog
 from droidspeak.storage.eviction import Entry
 from droidspeak.storage.keys import ChunkKey, SourceId
 from droidspeak.storage.tier import ChunkInfo, SlotBytes
 
+HEADING = "# The store's command line"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "store.md"
 TITLE = "## A million chunks"
 _CHUNKS, _SOURCES = 1_000_000, 12
@@ -166,9 +166,7 @@ def main() -> None:
     """Prints the section and puts it into the page, in the place of an older one."""
     section = run()
     print(section)
-    page = PAGE.read_text() if PAGE.exists() else "# The store's command line\n"
-    others = re.sub(rf"\n{re.escape(TITLE)}\n.*?(?=\n## |\Z)", "", page, flags=re.DOTALL)
-    PAGE.write_text(f"{others.rstrip()}\n\n{section}")
+    put_section(PAGE, HEADING, TITLE, section)
 
 
 if __name__ == "__main__":

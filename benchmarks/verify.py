@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,13 @@ from textwrap import fill
 
 import torch
 
-from benchmarks.measure import Series, interleaved, machine, table
+from benchmarks.measure import Series, interleaved, machine, put_section, table
+from benchmarks.storecli import HEADING, PAGE
 from droidspeak.storage import Chunk, ChunkKey, PrefixHasher, Slot, SlotKind, SourceId
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.verify import VerifyCounts, VerifyOptions
 from droidspeak.storage.verifydisk import verify_folder
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "store.md"
 TITLE = "## verify --full"
 TARGET = 0.8
 _LAYERS, _TOKENS, _HEADS, _HEAD_DIM, _HIDDEN = 32, 256, 8, 128, 4096
@@ -128,9 +127,7 @@ def main() -> None:
     """Prints the section and puts it into the page, in the place of an older one."""
     section = run()
     print(section)
-    page = PAGE.read_text() if PAGE.exists() else "# The store's command line\n"
-    others = re.sub(rf"\n{re.escape(TITLE)}\n.*?(?=\n## |\Z)", "", page, flags=re.DOTALL)
-    PAGE.write_text(f"{others.rstrip()}\n\n{section}")
+    put_section(PAGE, HEADING, TITLE, section)
 
 
 if __name__ == "__main__":

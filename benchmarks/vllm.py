@@ -39,15 +39,6 @@ SLOW_COUNTS = (4, 8)
 SECONDS_PER_LAYER = 0.060
 SENT, OWN = 1, 2  # seeds of the two prompts
 REPORT = Path(__file__).parents[1] / "docs" / "benchmarks" / "vllm.md"
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -293,7 +284,7 @@ def stage(name: str, task: Task) -> Any:
     subprocess.run(
         [sys.executable, "-m", "benchmarks.vllm", "--stage", name, "--task", described],
         check=True,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **vllm_quality.ENVIRONMENT},
         stdout=sys.stderr,
     )
     result = task.root / f"{name}.json"

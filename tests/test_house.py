@@ -16,10 +16,11 @@ from droidspeak import errors
 
 PACKAGE = Path(droidspeak.__file__).parent
 
-# What each part may import of the others. `errors`, `logs`, `prompts`, `tracing` lie under the ground floor.
-GROUND = {"errors", "logs", "prompts", "tracing"}
+# What each part may import of the others. Those of `GROUND` lie under the ground floor.
+GROUND = {"errors", "lazy", "logs", "prompts", "tracing"}
 MAY_IMPORT = {
     "errors": set(),
+    "lazy": set(),
     "logs": set(),
     "tracing": set(),
     "prompts": {"errors"},

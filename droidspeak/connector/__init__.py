@@ -6,8 +6,9 @@ not wait for torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from droidspeak.lazy import lazy_names
 
 if TYPE_CHECKING:
     from droidspeak.connector.connector import Connector
@@ -28,24 +29,14 @@ __all__ = [
     "Status",
 ]
 
-_MODULE_OF = {
-    "Connector": "connector",
-    "ConnectorOptions": "options",
-    "LayerStream": "stream",
-    "Match": "match",
-    "Outcome": "status",
-    "Reason": "status",
-    "SaveSession": "saver",
-    "Status": "status",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "connector": ("Connector",),
+        "match": ("Match",),
+        "options": ("ConnectorOptions",),
+        "saver": ("SaveSession",),
+        "status": ("Outcome", "Reason", "Status"),
+        "stream": ("LayerStream",),
+    },
+)

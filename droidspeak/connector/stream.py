@@ -102,6 +102,7 @@ class LayerStream:
         self._error: BaseException | None = None
         self._closed = False
         self._tensors: dict[Slot, torch.Tensor] = {}
+        self._parts: dict[ChunkKey, list[tuple[ChunkKey, Part | None]]] = {}
         self._jobs = deque(self._schedule())
         self._missing = Counter(slot for job in self._jobs for slot in job.slots)
         self._reading = 0
@@ -200,12 +201,24 @@ class LayerStream:
         size = self._match.chunk_size
         for n, info in enumerate(infos if slots else ()):
             rows = slice(first + n * size, first + (n + 1) * size)
-            held = Shard.parse(info.key.shard).size
-            parts = self._shard.parts(held, self._architecture.kv_heads)
-            for part in parts[:1] if whole else parts:
-                key = replace(info.key, shard=str(part.shard))
-                other = None if whole or held == self._shard.size else part
-                yield _Job(key, tuple(slots), rows, info.tier or self._store.name, other)
+            parts = self._parts_of(info.key)
+            for key, part in parts[:1] if whole else parts:
+                yield _Job(key, tuple(slots), rows, info.tier or self._store.name, None if whole else part)
+
+    def _parts_of(self, key: ChunkKey) -> Sequence[tuple[ChunkKey, Part | None]]:
+        """The chunks that together hold this shard's heads of a chunk; without parts where it is one chunk.
+
+        A match names the same chunk for every layer, so what is found once is kept.
+        """
+        found = self._parts.get(key)
+        if found is None:
+            size = Shard.parse(key.shard).size
+            parts = self._shard.parts(size, self._architecture.kv_heads)
+            found = self._parts[key] = [
+                (replace(key, shard=str(part.shard)), None if size == self._shard.size else part)
+                for part in parts
+            ]
+        return found
 
     def _batches(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Layers in order, as many at a time as make one good request of one chunk's bytes."""

@@ -6,8 +6,9 @@ does, is spared the seconds that torch takes.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from droidspeak.lazy import lazy_names
 
 if TYPE_CHECKING:
     from droidspeak.storage.codecs import Codec
@@ -49,26 +50,17 @@ __all__ = [
     "require_compatible",
 ]
 
-_PLACES = {
-    "codecs": ("Codec",),
-    "container": ("Chunk", "ChunkHeader", "Slot", "SlotKind"),
-    "counters": ("Counters",),
-    "digests": ("cache_folder",),
-    "guard": ("Limits",),
-    "identity": ("Architecture", "Mismatch", "SourceManifest", "require_compatible"),
-    "keys": ("DEFAULT_CHUNK_SIZE", "ChunkKey", "PrefixHasher", "SourceId"),
-    "tier": ("ChunkInfo", "Tier", "TierUsage"),
-    "tiered": ("TieredStore", "WriteBackOptions"),
-}
-_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "codecs": ("Codec",),
+        "container": ("Chunk", "ChunkHeader", "Slot", "SlotKind"),
+        "counters": ("Counters",),
+        "digests": ("cache_folder",),
+        "guard": ("Limits",),
+        "identity": ("Architecture", "Mismatch", "SourceManifest", "require_compatible"),
+        "keys": ("DEFAULT_CHUNK_SIZE", "ChunkKey", "PrefixHasher", "SourceId"),
+        "tier": ("ChunkInfo", "Tier", "TierUsage"),
+        "tiered": ("TieredStore", "WriteBackOptions"),
+    },
+)

@@ -1,4 +1,4 @@
-"""`droidspeak store pin` and `unpin`: chunks that are never evicted."""
+"""`droidspeak store rm`, `pin` and `unpin`: one change to each chunk that is named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from droidspeak.integrations.cli.output import Format, FormatOption
 from droidspeak.integrations.cli.store.keys import KeysArgument, change_each
 from droidspeak.integrations.cli.store.target import ConfigOption, StoreOption, open_target
 
-__all__ = ["pin", "unpin"]
+__all__ = ["pin", "rm", "unpin"]
+
+
+def rm(
+    keys: KeysArgument,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Remove chunks from all tiers, pinned or not. What is not there does not keep the others."""
+    with open_target(store, config, change=True) as target:
+        change_each(target, keys, lambda tier, key: tier.delete(key), format)
 
 
 def pin(
