@@ -69,6 +69,7 @@ class Answer:
         told: the response's `kv_transfer_params["droidspeak"]`.
         finish: vLLM's reason.
         steps: of the engine, until it had ended.
+        forwards: those of them that computed something; the others only waited.
     """
 
     tokens: list[int]
@@ -77,6 +78,7 @@ class Answer:
     told: dict[str, Any]
     finish: str
     steps: int
+    forwards: int
 
     @property
     def status(self) -> tuple[str, str]:
@@ -88,8 +90,20 @@ class _Engine:
         from vllm import LLM
 
         self._llm = LLM(**arguments)
-        self._count = 0
+        self._count = self._forwards = 0
+        self._count_forwards()
         self._adapters: dict[str, int] = {}
+
+    def _count_forwards(self) -> None:
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        schedule = scheduler.schedule
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            scheduled = schedule(*arguments, **options)
+            self._forwards += scheduled.total_num_scheduled_tokens > 0
+            return scheduled
+
+        scheduler.schedule = counting
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Runs until all have ended."""
@@ -98,18 +112,19 @@ class _Engine:
         self._count += len(requests)
         waiting = dict(zip(names, requests, strict=True))
         answers: dict[str, Answer] = {}
-        steps = 0
+        steps, before = 0, self._forwards
         while waiting or engine.has_unfinished_requests():
             for name in [name for name, request in waiting.items() if request.at <= steps]:
                 self._add(name, waiting.pop(name))
             for output in engine.step():
                 if output.finished:
-                    answers[output.request_id] = _answer(output, steps)
+                    answers[output.request_id] = _answer(output, steps, self._forwards - before)
             steps += 1
             for name, request in zip(names, requests, strict=True):
                 if request.abort == steps:
                     engine.abort_request([name])
-                    answers[name] = Answer([], [], 0, {}, "given up", steps)
+                    forwards = self._forwards - before
+                    answers[name] = Answer([], [], 0, {}, "given up", steps, forwards)
             if steps > _TOO_MANY:
                 raise RuntimeError(f"{steps} steps, and no end")
         return [answers[name] for name in names]
@@ -166,7 +181,7 @@ class _Engine:
 _TOO_MANY = 20_000
 
 
-def _answer(output: Any, steps: int) -> Answer:
+def _answer(output: Any, steps: int, forwards: int) -> Answer:
     (choice,) = output.outputs
     return Answer(
         list(choice.token_ids),
@@ -175,6 +190,7 @@ def _answer(output: Any, steps: int) -> Answer:
         (output.kv_transfer_params or {}).get("droidspeak", {}),
         str(choice.finish_reason),
         steps,
+        forwards,
     )
 
 
