@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["running", "started", "write_and_evict"]
+__all__ = ["running", "started", "stopped", "write_and_evict"]
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["droidspeak.storage.disk", "droidspeak.storage.testing"])
@@ -39,14 +39,21 @@ def started(root: Path, first: int) -> None:
         time.sleep(0.01)
 
 
+def stopped(process: BaseProcess, root: Path, first: int) -> None:
+    """Tells a process that writes from `first` on to end, and waits until it has."""
+    (root / f"stop-{first}").touch()
+    process.join(60)
+    assert process.exitcode == 0
+
+
 def write_and_evict(root, first, last, capacity):
-    """Writes, reads and deletes the chunks of these seeds until it is killed."""
+    """Writes, reads and deletes the chunks of these seeds until it is told to end, or killed."""
     from droidspeak.storage.disk import DiskTier
     from droidspeak.storage.testing import make_chunk, make_key
 
     with DiskTier(root, capacity=capacity, min_free=0) as tier:
         (root / f"started-{first}").touch()
-        while True:
+        while not (root / f"stop-{first}").exists():
             for seed in range(first, last):
                 tier.write(make_chunk(seed))
                 tier.read(make_key(seed))

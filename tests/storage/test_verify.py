@@ -23,7 +23,7 @@ from droidspeak.storage.s3 import S3Tier
 from droidspeak.storage.testing import make_chunk, make_key
 from droidspeak.storage.verify import Finding, FindingKind, VerifyCounts, VerifyOptions, verify_tier
 from droidspeak.storage.verifydisk import verify_folder
-from tests.storage.children import running, started, write_and_evict
+from tests.storage.children import running, started, stopped, write_and_evict
 from tests.storage.daemons import serving
 
 QUICK, FULL = VerifyOptions(), VerifyOptions(full=True)
@@ -231,6 +231,24 @@ def die_in_the_middle(root, when):
     tier.write(make_chunk(77))
 
 
+def die_while_evicting(root):
+    import os
+    import signal
+
+    from droidspeak.storage.disk import DiskTier
+    from droidspeak.storage.testing import make_chunk
+
+    tier = DiskTier(root, capacity=6 * make_chunk(0).header.nbytes, min_free=0)
+    unlink = tier._unlink
+
+    def die(keys):
+        unlink(keys)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    tier._unlink = die
+    tier.write(make_chunk(77))
+
+
 class TestBesideOthers:
     @pytest.mark.parametrize("capacity", [None, 10 * SIZE])
     def test_nothing_is_found_while_another_process_writes_evicts_and_deletes(
@@ -249,8 +267,7 @@ class TestBesideOthers:
             for _ in range(20):
                 assert look(root, REPAIR) == []
             assert process.is_alive()
-        # The one who was killed may have left something; nobody else has.
-        assert {finding.kind for finding in look(root, REPAIR)} <= {FindingKind.LEFTOVER}
+            stopped(process, root, 0)
         assert look(root) == []
 
     def test_real_damage_is_found_and_repaired_beside_a_writer(self, root: Path) -> None:
@@ -276,6 +293,13 @@ class TestBesideOthers:
         assert not list(root.rglob("*.tmp"))
         with DiskTier(root, read_only=True) as tier:
             assert (tier.head(make_key(77)) is not None) is (when == "published")
+
+    def test_who_was_killed_while_it_evicted_leaves_rows_without_files(self, root: Path) -> None:
+        with running(die_while_evicting, root) as process:
+            process.join()
+        assert set(kinds(look(root, QUICK))) == {("orphan_row", None)}
+        assert set(kinds(look(root, REPAIR))) == {("orphan_row", "removed")}
+        assert look(root) == []
 
     def test_temporary_file_without_intent(self, root: Path) -> None:
         lost = path_of(root, 1).with_name(f".{make_key(1).prefix}.12345-abcdef01.0.tmp")
