@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.measure import Series, machine, put_section, table
 from droidspeak.storage.catalog import Catalog
+from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.eviction import Entry
 from droidspeak.storage.keys import ChunkKey, SourceId
 from droidspeak.storage.tier import ChunkInfo, SlotBytes
@@ -36,12 +37,24 @@ class _Call:
     Attributes:
         limit: seconds, of the issue; `None` if it sets none.
         first_row: only until the first row is there.
+        place: how it is told of the store. Here and in `environment` stand the fields of `_Places`.
     """
 
     words: str
     limit: float | None = None
     first_row: bool = False
     rounds: int = _ROUNDS
+    place: str = "--store {store}"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """URL of the store, URL of one that is empty, and a configuration file that has the first one."""
+
+    store: str
+    empty: str
+    config: str
 
 
 @dataclass
@@ -52,6 +65,10 @@ class _Measured:
 
 _CALLS = {
     "ls, first row": _Call("ls", 0.3, first_row=True),
+    "ls --config FILE, first row": _Call("ls", 0.3, first_row=True, place="--config {config}"),
+    "DROIDSPEAK_TIERS=... ls, first row": _Call(
+        "ls", 0.3, first_row=True, place="", environment={"DROIDSPEAK_TIERS": "cpu:// {store}"}
+    ),
     "ls --limit 20": _Call("ls --limit 20"),
     "ls --sort size:desc --limit 20": _Call("ls --sort size:desc --limit 20"),
     "ls --filter 'size>30MiB' --filter e=2": _Call("ls --filter size>30MiB --filter e=2 --limit 20"),
@@ -61,14 +78,16 @@ _CALLS = {
     "ls, all rows": _Call("ls", rounds=_LONG_ROUNDS),
     "ls --format jsonl, all rows": _Call("ls --format jsonl", rounds=_LONG_ROUNDS),
     "ls --sort size:desc, all rows": _Call("ls --sort size:desc", rounds=_LONG_ROUNDS),
+    "copy --dry-run": _Call("copy --dry-run", rounds=_LONG_ROUNDS, place="{store} {empty}"),
 }
 _MOST_MEMORY = 200 << 20
 _INTRO = f"""\
 {_CHUNKS:,} rows of {_SOURCES} models in a catalog of {{nbytes}} MiB ({{filled:.0f}} s to make), no payload
 files; page cache warm. Each figure is of a process from its start to its end, or to its first row on a
-pipe; calls in turn, {_ROUNDS} rounds ({_LONG_ROUNDS} of those of all rows, which go to /dev/null). Load
-average of the machine before: {{load:.1f}}. Memory is the most of all rounds; allowed are
-{_MOST_MEMORY >> 20} MiB.
+pipe; calls in turn, {_ROUNDS} rounds ({_LONG_ROUNDS} of those of all rows, which go to /dev/null, and of
+`copy`, into an empty store). Where nothing else is said the store is named with `--store`; `FILE` and
+`DROIDSPEAK_TIERS` configure it behind a memory tier. Load average of the machine before: {{load:.1f}}. Memory
+is the most of all rounds; allowed are {_MOST_MEMORY >> 20} MiB.
 """
 
 
@@ -95,11 +114,23 @@ def _fill(root: Path) -> None:
     catalog.close()
 
 
-def _run(call: _Call, store: str, measured: _Measured) -> None:
-    command = [sys.executable, "-m", "droidspeak", "store", *call.words.split(), "--store", store]
+def _places(root: Path) -> _Places:
+    """The store in `root`, and the other places in it, made."""
+    DiskTier(root / "empty", min_free=0).close()
+    places = _Places(f"disk://{root}/store", f"disk://{root}/empty?min_free=0", str(root / "config.yaml"))
+    (root / "config.yaml").write_text(f"tiers:\n  - cpu://?capacity=1GiB\n  - {places.store}\n")
+    return places
+
+
+def _run(call: _Call, places: _Places, measured: _Measured) -> None:
+    words = f"{call.words} {call.place}".format(**vars(places)).split()
+    command = [sys.executable, "-m", "droidspeak", "store", *words]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DROIDSPEAK_")}
+    environment |= {name: value.format(**vars(places)) for name, value in call.environment.items()}
     with open(os.devnull, "wb") as nothing:
+        output = subprocess.PIPE if call.first_row else nothing
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE if call.first_row else nothing)
+        process = subprocess.Popen(command, stdout=output, env=environment)
         if process.stdout:
             # The first line has the titles.
             assert process.stdout.readline()
@@ -114,15 +145,15 @@ def _run(call: _Call, store: str, measured: _Measured) -> None:
     measured.peak = max(measured.peak, usage.ru_maxrss << 10)
 
 
-def _measure(root: Path) -> dict[str, _Measured]:
+def _measure(places: _Places) -> dict[str, _Measured]:
     """The calls in turn, so that a machine that slows down slows all of them down."""
     measured = {name: _Measured() for name in _CALLS}
     for name in ("ls, first row", "df -v"):
-        _run(_CALLS[name], f"disk://{root}", _Measured())
+        _run(_CALLS[name], places, _Measured())
     for turn in range(_ROUNDS):
         for name, call in _CALLS.items():
             if turn < call.rounds:
-                _run(call, f"disk://{root}", measured[name])
+                _run(call, places, measured[name])
     return measured
 
 
@@ -146,7 +177,7 @@ def run() -> str:
         load = os.getloadavg()[0]
         # A child's peak counts from its fork on: a parent that holds torch would be what is measured.
         assert "torch" not in sys.modules
-        measured = _measure(Path(folder) / "store")
+        measured = _measure(_places(Path(folder)))
     floors = {"python -c pass": "pass", "python -c 'import typer, pydantic'": "import typer, pydantic"}
     rows = [[name, _alone(code).spread(), "", "", ""] for name, code in floors.items()]
     rows += [_row(name, measured[name]) for name in _CALLS]

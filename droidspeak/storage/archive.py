@@ -11,21 +11,21 @@ Format: POSIX.1-1988 (ustar); archives that GNU tar or another tool made of the 
 
 from __future__ import annotations
 
-import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import IO
 
 import torch
 
 from droidspeak.errors import ChunkCorrupt, StorageError, UsageError
+from droidspeak.storage.chunklist import Row
 from droidspeak.storage.container import MAX_HEADER_BYTES, Chunk, ChunkHeader
 from droidspeak.storage.keys import ChunkKey
 from droidspeak.storage.spread import spread
 from droidspeak.storage.tier import Tier
 from droidspeak.storage.transfer import Copied, Fate, holds_same
 
-__all__ = ["ArchiveCut", "Refused", "Row", "export_chunks", "import_chunks"]
+__all__ = ["ArchiveCut", "Refused", "export_chunks", "import_chunks", "key_of", "member_of"]
 
 _SUFFIX = ".safetensors"
 _READERS = 2
@@ -41,26 +41,40 @@ class Refused(ValueError):
     """A member that is no chunk's file."""
 
 
-Row = tuple[Tier, ChunkKey, int]
-"""A chunk to export: who holds it, its key, its bytes."""
-
-
-def export_chunks(rows: Iterable[Row], file: IO[bytes]) -> Iterator[Copied]:
-    """Writes the chunks of `rows` to `file`, and tells the fate of each.
+def export_chunks(rows: Iterable[Row], file: IO[bytes]) -> Generator[Copied, None, None]:
+    """Writes the chunks of `rows` to `file`, from where it stands, and tells the fate of each.
 
     Raises:
         OSError: `file` cannot be written.
         TierUnavailable, TierTimeout: a tier does not answer.
     """
-    with tarfile.open(mode="w|", fileobj=file, format=tarfile.USTAR_FORMAT) as archive:
-        for key, nbytes, chunk in spread(_read, rows, _READERS):
-            if not isinstance(chunk, Chunk):
-                yield Copied(key, nbytes, Fate.FAILED if chunk else Fate.GONE, chunk or "")
-                continue
-            member = tarfile.TarInfo(f"{key}{_SUFFIX}")
-            member.size = chunk.header.nbytes
-            archive.addfile(member, io.BytesIO(chunk.to_bytes()))
-            yield Copied(key, member.size, Fate.COPIED)
+    written = 0
+    for key, nbytes, chunk in spread(_read, rows, _READERS):
+        if isinstance(chunk, Chunk):
+            written += _write(file, key, chunk)
+            yield Copied(key, chunk.header.nbytes, Fate.COPIED)
+        else:
+            yield Copied(key, nbytes, Fate.FAILED if chunk else Fate.GONE, chunk or "")
+    end = 2 * tarfile.BLOCKSIZE
+    file.write(bytes(end + -(written + end) % tarfile.RECORDSIZE))
+
+
+def _write(file: IO[bytes], key: ChunkKey, chunk: Chunk) -> int:
+    """One member. Not by the tarfile module, whose streams take a chunk in pieces of 10 KB."""
+    nbytes = chunk.header.nbytes
+    padding = -nbytes % tarfile.BLOCKSIZE
+    file.write(member_of(key, nbytes).tobuf(tarfile.USTAR_FORMAT))
+    for buffer in chunk.buffers():
+        file.write(buffer)
+    file.write(bytes(padding))
+    return tarfile.BLOCKSIZE + nbytes + padding
+
+
+def member_of(key: ChunkKey, nbytes: int) -> tarfile.TarInfo:
+    """The member that a chunk of `nbytes` is written as; its header depends on nothing else."""
+    member = tarfile.TarInfo(f"{key}{_SUFFIX}")
+    member.size = nbytes
+    return member
 
 
 def _read(row: Row) -> tuple[ChunkKey, int, Chunk | str | None]:
@@ -110,7 +124,7 @@ class _Member(tarfile.TarInfo):
 
 def _import(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Tier) -> Copied | Refused:
     try:
-        key = _key_of(member)
+        key = key_of(member)
     except UsageError as error:
         return Refused(f"{member.name[:200]!r}: {error}")
     content = archive.extractfile(member)
@@ -121,7 +135,8 @@ def _import(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Tier) -> 
         return Copied(key, member.size, Fate.FAILED, str(error))
 
 
-def _key_of(member: tarfile.TarInfo) -> ChunkKey:
+def key_of(member: tarfile.TarInfo) -> ChunkKey:
+    """The key of the chunk that a member is called after. Raises `UsageError`."""
     if not member.isreg():
         raise UsageError("allowed are plain files")
     if not member.name.endswith(_SUFFIX):

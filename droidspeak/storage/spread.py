@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ def spread(
     items: Iterable[T],
     threads: int,
     stop: Callable[[], None] = lambda: None,
-) -> Iterator[U]:
+) -> Generator[U, None, None]:
     """`call` of each item, in order, on so many threads; few items are taken before they are needed.
 
     Whoever stops early (an error of `call`, a Ctrl-C) waits for the calls under way, and no more are made.

@@ -1,6 +1,6 @@
 """Copying chunks from one tier to another: checked, several at a time, and resumable.
 
-    list      what the source holds
+    list      what the source holds (`droidspeak.storage.chunklist`)
     compare   what the destination holds already: the same size and the same header digest, which covers the
               checksums of all slots, is the same chunk
     read      from the source, each slot checked
@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from droidspeak.errors import ChunkCorrupt
+from droidspeak.storage.chunklist import Row
 from droidspeak.storage.keys import ChunkKey
-from droidspeak.storage.selection import Selection
 from droidspeak.storage.spread import spread
 from droidspeak.storage.tier import ChunkInfo, Tier
 
-__all__ = ["Copied", "CopyOptions", "Fate", "Pace", "copy_chunks", "holds_same", "listed"]
+__all__ = ["Copied", "CopyOptions", "Fate", "Pace", "copy_chunks", "holds_same"]
 
 
 class Fate(StrEnum):
@@ -84,15 +84,8 @@ class Pace:
         self._stopped.set()
 
 
-def listed(source: Tier, selection: Selection) -> list[tuple[ChunkKey, int]]:
-    """Keys and bytes of what is to be copied; each chunk once."""
-    return list({record.info.key: record.info.nbytes for record in source.select(selection)}.items())
-
-
-def copy_chunks(
-    source: Tier, target: Tier, chunks: Iterable[tuple[ChunkKey, int]], options: CopyOptions
-) -> Iterator[Copied]:
-    """Copies `chunks` (see `listed`), and tells the fate of each. Pins are not copied.
+def copy_chunks(rows: Iterable[Row], target: Tier, options: CopyOptions) -> Generator[Copied, None, None]:
+    """Copies the chunks of `rows` (see `ChunkList`), and tells the fate of each. Pins are not copied.
 
     Whoever stops early waits for the chunks that are under way: none is left half written.
 
@@ -102,13 +95,11 @@ def copy_chunks(
     """
     pace = Pace(options.bandwidth)
 
-    def one(chunk: tuple[ChunkKey, int]) -> Copied:
-        return _copy(source, target, chunk[0], chunk[1], pace, options.dry_run)
-
-    return spread(one, chunks, options.transfers, pace.stop)
+    return spread(lambda row: _copy(row, target, pace, options.dry_run), rows, options.transfers, pace.stop)
 
 
-def _copy(source: Tier, target: Tier, key: ChunkKey, nbytes: int, pace: Pace, dry_run: bool) -> Copied:
+def _copy(row: Row, target: Tier, pace: Pace, dry_run: bool) -> Copied:
+    source, key, nbytes = row
     try:
         held = target.head(key)
         if held and holds_same(target, held, lambda: _digest(source, key)):

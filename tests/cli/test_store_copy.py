@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from droidspeak.integrations.cli.store.showing import size_text
 from droidspeak.storage import TieredStore
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.memory import MemoryTier
@@ -182,6 +187,109 @@ def test_export_does_not_replace_unless_told(root: Path, tmp_path: Path) -> None
     assert tarfile.is_tarfile(archive)
     assert call("store", "export", tmp_path / "no" / "a.tar", "--store", f"disk://{root}").returncode == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.tar", "store"]
+
+
+@contextmanager
+def hanging(root: Path, archive: Path) -> Iterator[subprocess.Popen[str]]:
+    """An export, a process of its own, that has begun to write and waits for one of the chunks."""
+    with DiskTier(root, min_free=0) as tier:
+        for seed in range(6):
+            tier.write(make_chunk(seed, key=make_key(seed, source=seed % 2), tokens=512))
+        path = tier.path(sorted(tier.keys(), key=str)[3])
+    path.rename(path.with_suffix(".aside"))
+    os.mkfifo(path)
+    command = [sys.executable, "-m", "droidspeak", "store", "export", archive, "--store", f"disk://{root}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 60
+        partial = archive.with_name(f"{archive.name}.partial")
+        while not partial.exists() or partial.stat().st_size < 2 * (
+            path.with_suffix(".aside").stat().st_size
+        ):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+        path.with_suffix(".aside").replace(path)
+
+
+def export_of(archive: Path) -> dict[str, bytes]:
+    """Names and bytes of the members."""
+    with tarfile.open(archive) as file:
+        opened = {member.name: file.extractfile(member) for member in file.getmembers()}
+        return {name: content.read() for name, content in opened.items() if content}
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_an_export_that_was_broken_off_goes_on(root: Path, tmp_path: Path, by: signal.Signals) -> None:
+    archive, whole = tmp_path / "all.tar", tmp_path / "whole.tar"
+    words = ["--store", f"disk://{root}", "--format", "json"]
+    with hanging(root, archive) as process:
+        second = call("store", "export", archive, *words)
+        assert (second.returncode, second.stdout) == (1, "")
+        assert second.stderr == f"error: {archive}.partial: another export is writing it\n"
+        process.send_signal(by)
+        if by is signal.SIGINT:
+            # It waits for the chunks under way, and one of them for a writer.
+            (fifo,) = (path for path in root.rglob("*.safetensors") if path.is_fifo())
+            fifo.write_bytes(b"")
+        out, err = process.communicate(timeout=60)
+        assert out == ""
+        if by is signal.SIGINT:
+            assert process.returncode == 130
+            assert err == f"{archive}.partial stays: the same command goes on with it\ninterrupted\n"
+    assert not archive.exists()
+    done = call("store", "export", archive, *words)
+    assert done.returncode == 0
+    document = json.loads(done.stdout)
+    held = document["held"]["chunks"]
+    assert 2 <= held <= 3
+    assert told(done) == {"copied": 6 - held, "held": held, "gone": 0}
+    assert (
+        done.stderr == f"{archive}.partial: {held} chunks, {size_text(document['held']['bytes'])} are kept\n"
+    )
+    call("store", "export", whole, *words)
+    assert export_of(archive) == export_of(whole)
+    assert call("store", "import", archive, "--store", f"disk://{tmp_path}/to").returncode == 0
+    assert call("store", "verify", "--full", "--store", f"disk://{tmp_path}/to").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.tar", "store", "to", "whole.tar"]
+
+
+def test_an_export_for_which_there_is_no_room_goes_on(root: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "all.tar"
+    words = ["store", "export", archive, "--store", f"disk://{root}", "--format", "json"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * (SIZE + 512), before[1]))
+    try:
+        done = call(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        f"{archive}.partial stays: the same command goes on with it",
+        f"error: {archive}: File too large",
+    ]
+    document = told(call(*words))
+    assert document["held"] > 0
+    assert document["held"] + document["copied"] == 6
+    assert len(export_of(archive)) == 6
+
+
+def test_a_partial_file_of_somebody_else_is_left_alone(root: Path, tmp_path: Path) -> None:
+    archive, partial = tmp_path / "all.tar", tmp_path / "all.tar.partial"
+    partial.write_text("mine")
+    done = call("store", "export", archive, "--store", f"disk://{root}")
+    assert (done.returncode, partial.read_text()) == (2, "mine")
+    assert done.stderr == f"error: {partial} is no export that was broken off; allowed is to remove it\n"
+
+
+def test_a_tier_that_is_down_keeps_its_exit_status(root: Path, tmp_path: Path) -> None:
+    done = call("store", "export", tmp_path / "a.tar", "--store", f"droidspeak://127.0.0.1:{closed_port()}")
+    assert done.returncode == 5
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]
 
 
 def test_through_a_pipe(root: Path, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import pytest
 from safetensors import safe_open
 
 from droidspeak.errors import TierFull
-from droidspeak.storage.archive import ArchiveCut, Refused, Row, export_chunks, import_chunks
+from droidspeak.storage.archive import ArchiveCut, Refused, export_chunks, import_chunks
+from droidspeak.storage.chunklist import ChunkList, Row
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.memory import MemoryTier
 from droidspeak.storage.selection import Selection
 from droidspeak.storage.testing import assert_holds, make_chunk, make_key
 from droidspeak.storage.tier import Tier
-from droidspeak.storage.transfer import listed
 
 NAME = f"{make_key(1)}.safetensors"
 
@@ -39,7 +39,8 @@ def target() -> Iterator[Tier]:
 
 
 def rows_of(source: Tier) -> list[Row]:
-    return [(source, key, nbytes) for key, nbytes in listed(source, Selection())]
+    with ChunkList([source], Selection()) as chunks:
+        return list(chunks)
 
 
 def exported(source: Tier) -> bytes:

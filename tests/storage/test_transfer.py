@@ -11,6 +11,7 @@ import pytest
 
 from droidspeak.errors import TierFull, TierUnavailable
 from droidspeak.storage import TieredStore
+from droidspeak.storage.chunklist import ChunkList, Row
 from droidspeak.storage.disk import DiskTier
 from droidspeak.storage.memory import MemoryTier
 from droidspeak.storage.remote import RemoteTier
@@ -18,7 +19,7 @@ from droidspeak.storage.s3 import S3Tier
 from droidspeak.storage.selection import Condition, Selection
 from droidspeak.storage.testing import assert_holds, make_chunk, make_key
 from droidspeak.storage.tier import Tier
-from droidspeak.storage.transfer import CopyOptions, Fate, Pace, copy_chunks, listed
+from droidspeak.storage.transfer import CopyOptions, Fate, Pace, copy_chunks
 from droidspeak.storage.wrappers import FaultyTier, fail, hang
 from tests.storage.children import running, started, write_and_evict
 from tests.storage.daemons import serving
@@ -40,11 +41,14 @@ def target(tmp_path: Path) -> Iterator[DiskTier]:
         yield tier
 
 
+def listed(source: Tier, *conditions: Condition) -> list[Row]:
+    with ChunkList([source], Selection(conditions)) as chunks:
+        return list(chunks)
+
+
 def fates(source: Tier, target: Tier, options: CopyOptions | None = None) -> dict[str, int]:
-    chunks = listed(source, Selection())
-    return dict(
-        Counter(copied.fate.value for copied in copy_chunks(source, target, chunks, options or CopyOptions()))
-    )
+    rows = listed(source)
+    return dict(Counter(copied.fate.value for copied in copy_chunks(rows, target, options or CopyOptions())))
 
 
 def assert_same(source: Tier, target: Tier, count: int = 8) -> None:
@@ -73,10 +77,9 @@ def test_what_differs_is_copied_again(source: DiskTier, target: DiskTier) -> Non
 
 
 def test_only_what_is_selected(source: DiskTier, target: DiskTier) -> None:
-    chosen = Selection((Condition("prefix", "=", (make_key(5).prefix,)),))
-    chunks = listed(source, chosen)
-    assert chunks == [(make_key(5), SIZE)]
-    assert [copied.fate for copied in copy_chunks(source, target, chunks, CopyOptions())] == [Fate.COPIED]
+    rows = listed(source, Condition("prefix", "=", (make_key(5).prefix,)))
+    assert rows == [(source, make_key(5), SIZE)]
+    assert [copied.fate for copied in copy_chunks(rows, target, CopyOptions())] == [Fate.COPIED]
 
 
 def test_dry_run_changes_nothing(source: DiskTier, target: DiskTier) -> None:
@@ -89,7 +92,7 @@ def test_damaged_chunks_are_not_copied(source: DiskTier, target: DiskTier) -> No
     data = bytearray(source.path(make_key(1)).read_bytes())
     data[-1] ^= 1
     source.path(make_key(1)).write_bytes(data)
-    copied = list(copy_chunks(source, target, listed(source, Selection()), CopyOptions()))
+    copied = list(copy_chunks(listed(source), target, CopyOptions()))
     (failed,) = [one for one in copied if one.fate is Fate.FAILED]
     assert failed.key == make_key(1)
     assert "v.1 differs from its checksum" in failed.detail
@@ -97,9 +100,9 @@ def test_damaged_chunks_are_not_copied(source: DiskTier, target: DiskTier) -> No
 
 
 def test_chunks_that_left_meanwhile_are_no_failures(source: DiskTier, target: DiskTier) -> None:
-    chunks = listed(source, Selection())
+    rows = listed(source)
     source.delete(make_key(6))
-    told = Counter(one.fate for one in copy_chunks(source, target, chunks, CopyOptions()))
+    told = Counter(one.fate for one in copy_chunks(rows, target, CopyOptions()))
     assert told == {Fate.COPIED: 7, Fate.GONE: 1}
 
 
@@ -129,7 +132,7 @@ def test_goes_on_where_it_was_broken_off(source: DiskTier, target: DiskTier) -> 
 
 def test_stopping_early_leaves_whole_chunks_and_waits_for_nobody(source: DiskTier, target: DiskTier) -> None:
     slow = FaultyTier(target, {"write": [hang(0.2)] * 8})
-    copying = copy_chunks(source, slow, listed(source, Selection()), CopyOptions(bandwidth=SIZE // 1000))
+    copying = copy_chunks(listed(source), slow, CopyOptions(bandwidth=SIZE // 1000))
     copying.close()
     assert not [thread for thread in threading.enumerate() if "spread" in thread.name]
     assert not list(target.root.rglob("*.tmp"))

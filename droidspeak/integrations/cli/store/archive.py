@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -19,11 +18,10 @@ from droidspeak.integrations.cli.store.copying import Outcome
 from droidspeak.integrations.cli.store.selecting import FilterOption
 from droidspeak.integrations.cli.store.showing import size_text
 from droidspeak.integrations.cli.store.target import ConfigOption, StoreOption, open_target
-from droidspeak.storage.archive import Refused, Row, export_chunks, import_chunks
-from droidspeak.storage.keys import ChunkKey
-from droidspeak.storage.selection import Selection
-from droidspeak.storage.tier import Tier
-from droidspeak.storage.transfer import Fate, listed
+from droidspeak.storage.archive import Refused, export_chunks, import_chunks
+from droidspeak.storage.chunklist import ChunkList
+from droidspeak.storage.partial import keep_chunks, partial_file
+from droidspeak.storage.transfer import Fate
 
 __all__ = ["export", "import_"]
 
@@ -38,13 +36,18 @@ def export(
     config: ConfigOption = None,
     format: FormatOption = Format.TABLE,
 ) -> None:
-    """Write chunks to one tar file, which any tar reads: SOURCE/SHARD/LINK.safetensors. It appears when it is
-    whole. Pins are not exported."""
+    """Write chunks to one tar file, which any tar reads: SOURCE/SHARD/LINK.safetensors. It is FILE.partial
+    until it is whole; the same command goes on with one that was broken off. Pins are not exported."""
     outcome = Outcome()
-    with open_target(store, config) as target, _made(file, force) as archive:
-        rows = list(_rows(target.tiers, target.selection(filter or [])))
-        with byte_bar("Exporting", sum(nbytes for _, _, nbytes in rows)) as moved:
-            outcome.take(export_chunks(rows, archive), moved)
+    with ExitStack() as stack:
+        target = stack.enter_context(open_target(store, config))
+        selection = target.selection(filter or [])
+        archive = stack.enter_context(_made(file, force))
+        chunks = stack.enter_context(ChunkList(target.tiers.values(), selection))
+        moved = stack.enter_context(byte_bar("Exporting", chunks.nbytes))
+        if file != _STREAM:
+            _keep(archive, chunks, outcome, moved)
+        outcome.take(export_chunks(chunks, archive), moved)
     if file == _STREAM:
         note(f"{outcome.chunks[Fate.COPIED]} chunks, {size_text(outcome.nbytes[Fate.COPIED])} exported")
     else:
@@ -75,14 +78,12 @@ def import_(
     outcome.require_all()
 
 
-def _rows(tiers: Mapping[str, Tier], selection: Selection) -> Iterator[Row]:
-    """Each chunk once, of the first tier that has it."""
-    seen: set[ChunkKey] = set()
-    for tier in tiers.values():
-        for key, nbytes in listed(tier, selection):
-            if key not in seen:
-                seen.add(key)
-                yield tier, key, nbytes
+def _keep(archive: IO[bytes], chunks: ChunkList, outcome: Outcome, moved: Callable[[int], None]) -> None:
+    """Takes over what an export that was broken off has left in `archive`."""
+    if os.fstat(archive.fileno()).st_size:
+        outcome.take(keep_chunks(archive, chunks), moved)
+        count, kept = outcome.chunks[Fate.HELD], size_text(outcome.nbytes[Fate.HELD])
+        note(f"{archive.name}: {count} chunk{'' if count == 1 else 's'}, {kept} are kept")
 
 
 @contextmanager
@@ -94,19 +95,34 @@ def _made(file: str, force: bool) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    path = Path(file)
-    if path.exists() and not force:
-        raise UsageError(f"{file} is there already; --force replaces it")
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    _require_free(file, force)
     try:
-        with temp.open("xb") as archive:
+        with partial_file(Path(file)) as archive, _stays(archive):
+            # Whoever had the lock may have made it.
+            _require_free(file, force)
             yield archive
-        temp.replace(path)
+    except DroidSpeakError:
+        raise
     except OSError as error:
-        raise DroidSpeakError(f"{file}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temp.unlink(missing_ok=True)
+        raise DroidSpeakError(f"{error.filename or file}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _stays(archive: IO[bytes]) -> Iterator[None]:
+    """Tells what is left when the export inside is broken off."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except BaseException:
+        if os.fstat(archive.fileno()).st_size:
+            note(f"{archive.name} stays: the same command goes on with it")
+        raise
+
+
+def _require_free(file: str, force: bool) -> None:
+    if Path(file).exists() and not force:
+        raise UsageError(f"{file} is there already; --force replaces it")
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from droidspeak.integrations.cli.store.copying import Outcome
 from droidspeak.integrations.cli.store.selecting import FilterOption
 from droidspeak.integrations.cli.store.showing import size_text
 from droidspeak.integrations.cli.store.target import ConfigOption, open_target
+from droidspeak.storage.chunklist import ChunkList
 from droidspeak.storage.tier import Tier
-from droidspeak.storage.transfer import CopyOptions, copy_chunks, listed
+from droidspeak.storage.transfer import CopyOptions, copy_chunks
 from droidspeak.storage.urls import parse_size
 
 __all__ = ["copy"]
@@ -39,13 +40,14 @@ def copy(
     outcome = Outcome()
     with ExitStack() as stack:
         here = stack.enter_context(open_target([source], config))
-        chunks = listed(_only(here.tiers), here.selection(filter or []))
+        chunks = stack.enter_context(ChunkList(here.tiers.values(), here.selection(filter or [])))
         there = stack.enter_context(open_target([target], config, change=not dry_run, create=not dry_run))
-        _warn(_only(there.tiers), sum(nbytes for _, nbytes in chunks))
+        (tier,), nbytes = there.tiers.values(), chunks.nbytes
+        _warn(tier, nbytes)
         title = "Would be copied" if dry_run else "Copied"
         shown = outcome.shown(format, title, source=source, target=target, dry_run=dry_run)
-        with shown, byte_bar("Copying", sum(nbytes for _, nbytes in chunks)) as moved:
-            outcome.take(copy_chunks(_only(here.tiers), _only(there.tiers), chunks, options), moved)
+        with shown, byte_bar("Copying", nbytes) as moved:
+            outcome.take(copy_chunks(chunks, tier, options), moved)
     outcome.require_all()
 
 
@@ -54,11 +56,6 @@ def _bandwidth(text: str | None) -> int | None:
     if bandwidth == 0:
         raise UsageError("--bwlimit 0: allowed are sizes above 0")
     return bandwidth
-
-
-def _only(tiers: dict[str, Tier]) -> Tier:
-    (tier,) = tiers.values()
-    return tier
 
 
 def _warn(target: Tier, nbytes: int) -> None:

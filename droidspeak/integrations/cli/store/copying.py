@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,15 @@ class Outcome:
     failed: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def take(self, told: Iterable[Copied], moved: Callable[[int], None]) -> None:
-        """Counts all of `told` as they come; `moved` is called with the bytes that are done."""
-        for copied in told:
-            self.add(copied)
-            moved(copied.nbytes)
+    def take(self, told: Generator[Copied, None, None], moved: Callable[[int], None]) -> None:
+        """Counts all of `told` as they come; `moved` is called with the bytes that are done.
+
+        However this ends, nothing of `told` is under way then.
+        """
+        with closing(told):
+            for copied in told:
+                self.add(copied)
+                moved(copied.nbytes)
 
     def add(self, copied: Copied) -> None:
         """One more chunk."""
