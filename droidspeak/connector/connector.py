@@ -21,6 +21,7 @@ import torch
 from droidspeak.connector.bandwidth import Bandwidths
 from droidspeak.connector.layout import RowLayout
 from droidspeak.connector.match import Match
+from droidspeak.connector.memory import LoadMemory
 from droidspeak.connector.options import ConnectorOptions
 from droidspeak.connector.reporter import Reporter
 from droidspeak.connector.saver import Publisher, SaveSession
@@ -110,6 +111,7 @@ class Connector:
         self._tally = Tally(self.counters, self.policies)
         self.shard = Shard.parse(self.options.shard)
         self._unmapped: set[str] = set()
+        self._memory = LoadMemory(self.options.load_memory)
         self._publisher = Publisher(store, self.options.codec, self.options.save_backlog, self.counters)
         self._reporter = Reporter(store, engine, self.options.report_interval, self.counters, guard)
 
@@ -195,6 +197,7 @@ class Connector:
             deadline=options.load_deadline,
             shard=shard or self.shard,
             bandwidths=self.bandwidths,
+            memory=self._memory,
             traced=long_span("droidspeak.load", match_attributes(match)),
         )
 
@@ -222,10 +225,8 @@ class Connector:
         wanted: frozenset[int] = frozenset()
         if source is not None:
             hashes = PrefixHasher(self.options.chunk_size, salt).hashes(token_ids)
-            wanted = self.policies.transition_layers(source.source_id)
-            wanted = wanted if e_layers is None else wanted & set(e_layers)
-            held, _ = self._run(source.source_id, hashes, self.shard)
-            done = {info.key for info in held if wanted <= set(info.e_layers)}
+            wanted = self._wanted(source, e_layers)
+            done = self._done(source, hashes, wanted)
             keys = [None if key in done else key for key in _keys(source.source_id, hashes, self.shard)]
         return SaveSession(
             keys,
@@ -236,6 +237,20 @@ class Connector:
             counters=self.counters,
             salt=salt_tag(salt),
         )
+
+    def saved(
+        self,
+        token_ids: TokenIds,
+        source: SourceManifest,
+        *,
+        salt: str = "",
+        e_layers: Collection[int] | None = None,
+    ) -> int:
+        """Leading chunks that `save` would leave out. Arguments are those of `save`."""
+        hashes = PrefixHasher(self.options.chunk_size, salt).hashes(token_ids)
+        done = self._done(source, hashes, self._wanted(source, e_layers))
+        missing = (n for n, key in enumerate(_keys(source.source_id, hashes, self.shard)) if key not in done)
+        return next(missing, len(hashes))
 
     def record(self, outcome: Outcome, match: Match | None = None) -> Outcome:
         """Counts and logs the answer to one request; returns it.
@@ -387,6 +402,16 @@ class Connector:
             bandwidth=self.bandwidths.over([info.tier or self.store.name for info in infos]),
             queue_depth=queue_depth,
         )
+
+    def _wanted(self, source: SourceManifest, e_layers: Collection[int] | None) -> frozenset[int]:
+        """Layers whose E is kept with chunks of `source`, of those that the engine can give."""
+        wanted = self.policies.transition_layers(source.source_id)
+        return wanted if e_layers is None else wanted & set(e_layers)
+
+    def _done(self, source: SourceManifest, hashes: Sequence[str], e_layers: frozenset[int]) -> set[ChunkKey]:
+        """Chunks of `source` that are stored with all of `e_layers`."""
+        held, _ = self._run(source.source_id, hashes, self.shard)
+        return {info.key for info in held if e_layers <= set(info.e_layers)}
 
     def _leading(
         self, source: SourceId, hashes: Sequence[str], kv_heads: int

@@ -22,6 +22,7 @@ class ConnectorOptions:
         codec: of what this process saves; everything can be read.
         load_deadline: seconds until a stream gives up.
         loaders: threads per stream.
+        load_memory: bytes of host memory that are kept from one load for the next.
         save_backlog: bytes that may wait to be saved; what comes beyond is not saved.
         shard: this process's tensor-parallel shard.
         degrees: tensor-parallel degrees of other engines whose chunks are read too, where there are none of
@@ -36,6 +37,7 @@ class ConnectorOptions:
     codec: str = "raw"
     load_deadline: float = 30.0
     loaders: int = 2
+    load_memory: int = 256 << 20
     save_backlog: int = 1 << 30
     shard: str = "0of1"
     degrees: tuple[int, ...] = (1, 2, 4, 8)
@@ -49,6 +51,8 @@ class ConnectorOptions:
             raise ConfigError(
                 f"{self.loaders} loaders, deadline {self.load_deadline} s: allowed are positive numbers"
             )
+        if self.load_memory < 0:
+            raise ConfigError(f"load memory of {self.load_memory} bytes: allowed are 0 and positive numbers")
         Shard.parse(self.shard)
         if not 0 <= self.report_interval < math.inf:
             raise ConfigError(f"report interval {self.report_interval} s: allowed are 0 and positive numbers")

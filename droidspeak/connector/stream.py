@@ -28,6 +28,7 @@ import torch
 from droidspeak.connector.bandwidth import Bandwidths, TransferClock
 from droidspeak.connector.layout import RowLayout
 from droidspeak.connector.match import Match
+from droidspeak.connector.memory import LoadMemory
 from droidspeak.connector.shards import Part, Shard
 from droidspeak.connector.status import Reason
 from droidspeak.errors import (
@@ -69,6 +70,7 @@ class LayerStream:
         deadline: seconds from now until the last await must be answered.
         shard: the receiver's, of the model's heads; chunks of other degrees are taken apart and put together.
         bandwidths: told how fast each tier was, when everything has come.
+        memory: where tensors on the host are made.
         traced: ended when the stream is closed.
 
     Attributes:
@@ -89,6 +91,7 @@ class LayerStream:
         deadline: float = 30.0,
         shard: Shard = Shard(0, 1),  # noqa: B008 - it cannot be changed
         bandwidths: Bandwidths | None = None,
+        memory: LoadMemory | None = None,
         traced: LongSpan | None = None,
     ) -> None:
         if match.receiver is None or not match:
@@ -105,6 +108,7 @@ class LayerStream:
         self._parts: dict[ChunkKey, list[tuple[ChunkKey, Part | None]]] = {}
         self._jobs = deque(self._schedule())
         self._missing = Counter(slot for job in self._jobs for slot in job.slots)
+        self._lease = memory.lease(map(self._nbytes, self._missing)) if memory and self._on_host else None
         self._reading = 0
         self._corrupt: ChunkCorrupt | None = None
         self._clock, self._bandwidths = TransferClock(), bandwidths
@@ -230,9 +234,21 @@ class LayerStream:
         """The tensor of `slot`, made when it is first needed."""
         with self._changed:
             if slot not in self._tensors:
-                shape = (self._rows(slot), *self._layout.row(slot))
-                self._tensors[slot] = torch.empty(shape, dtype=self._layout.dtype, device=self._device)
+                self._tensors[slot] = self._new(slot)
             return self._tensors[slot]
+
+    def _new(self, slot: Slot) -> torch.Tensor:
+        shape, dtype = (self._rows(slot), *self._layout.row(slot)), self._layout.dtype
+        if self._lease is not None:
+            return self._lease.tensor(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    @property
+    def _on_host(self) -> bool:
+        return self._device.type == "cpu"
+
+    def _nbytes(self, slot: Slot) -> int:
+        return self._rows(slot) * self._layout.row_bytes(slot)
 
     def _rows(self, slot: Slot) -> int:
         if slot.kind is SlotKind.E:
