@@ -42,6 +42,56 @@ def test_tiers_in_the_environment(monkeypatch, tmp_path):
         assert [tier.name for tier in store.tiers] == ["cpu", "disk"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "key", "value"),
+    [
+        ({"droidspeak_codec": "zstd"}, "codec", "zstd"),
+        ({"DROIDSPEAK_SALT": "[1]"}, "salt", "[1]"),
+        ({"DROIDSPEAK_DEGREES": "[1, 2]"}, "degrees", [1, 2]),
+        ({"DROIDSPEAK_DRIFT": '{"window": 16}', "DROIDSPEAK_DRIFT__WINDOW": "32"}, "drift.window", 32),
+        ({"DROIDSPEAK_LIMITS__DISK__THREADS": "3"}, "limits.disk.threads", 3),
+        ({"DROIDSPEAK_SERVER__HTTP": "[::1]:7001"}, "server.http", {"host": "::1", "port": 7001}),
+        ({"DROIDSPEAK_SERVER__HTTP": "null"}, "server.http", None),
+        ({"DROIDSPEAK_SERVER__LISTEN": "127.0.0.1:7"}, "server.listen.port", 7),
+        ({"DROIDSPEAK_SERVER__TENANTS__ACME__TIERS": '["cpu://"]'}, "server.tenants.acme.tiers", ["cpu://"]),
+        ({"DROIDSPEAK_NOTHING": "of ours"}, "codec", "raw"),
+    ],
+)
+def test_the_environment(monkeypatch, variables, key, value):
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    found = load_settings().model_dump(mode="json")
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("DROIDSPEAK_DRIFT", "many", "environment DROIDSPEAK_DRIFT, or a key of it: allowed is JSON"),
+        ("DROIDSPEAK_SERVER__TOKENS", "[", "environment DROIDSPEAK_SERVER, or a key"),
+        ("DROIDSPEAK_SERVER__PORT", "1", "unknown configuration key 'server.port'; allowed: acknowledge"),
+        ("DROIDSPEAK_TIERS", "", "configuration key 'tiers'"),
+    ],
+)
+def test_an_environment_that_cannot_be(monkeypatch, name, text, says):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert str(caught.value).startswith(says)
+
+
+def test_sections_of_all_sources_are_merged(monkeypatch, tmp_path):
+    file = tmp_path / "droidspeak.yaml"
+    file.write_text("drift: {window: 16, least: 2, margin: 0.5}\nlimits: {disk: {threads: 2}}\n")
+    monkeypatch.setenv("DROIDSPEAK_DRIFT__LEAST", "4")
+    monkeypatch.setenv("DROIDSPEAK_LIMITS", '{"s3": {"threads": 3}}')
+    settings = load_settings(file, {"drift": {"margin": 0.25}})
+    assert (settings.drift.window, settings.drift.least, settings.drift.margin) == (16, 4, 0.25)
+    assert {name: limit.threads for name, limit in settings.limits.items()} == {"disk": 2, "s3": 3}
+
+
 def test_a_folder_that_cannot_be_used_does_not_keep_the_process_from_starting(tmp_path, caplog):
     place = tmp_path / "store"
     place.write_text("a file where a folder should be")
@@ -72,6 +122,7 @@ def test_a_folder_that_cannot_be_used_does_not_keep_the_process_from_starting(tm
         ({"slo": "inf"}, "'slo'"),
         ({"tiers": []}, "'tiers'"),
         ({"write_queue": "1 parsec"}, "1 parsec"),
+        ({"load_memory": "some"}, "not a size: 'some'"),
         ({"limits": {"disk": {"read_deadlin": 1}}}, "read_deadlin"),
         ({"drift": {"sample_rate": 2}}, "drift sample_rate 2.0: allowed is 0 to 1"),
         ({"drift": {"window": 4}}, "drift least 8: allowed is 2 to the window, 4"),
@@ -107,7 +158,9 @@ def test_requirement(monkeypatch):
     assert load_settings(overrides={"quality_floor": 0.9}).requirement == Requirement(0.9, 0.5)
 
 
-@pytest.mark.parametrize(("content", "says"), [("a: [", "is not YAML"), ("- 1", "must be a mapping")])
+@pytest.mark.parametrize(
+    ("content", "says"), [("a: [", "is not YAML"), ("- 1", "must be a mapping"), ("1: 2", "key '1'")]
+)
 def test_bad_files(tmp_path, content, says):
     file = tmp_path / "droidspeak.yaml"
     file.write_text(content)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic_settings import EnvSettingsSource
-
+from droidspeak.config.environment import environment_values
 from droidspeak.config.masking import masked
 from droidspeak.config.settings import Settings, configuration_file, load_settings, read_yaml
 
@@ -44,7 +43,7 @@ def sourced(
     """As `resolved`, of `settings` that were loaded with the same arguments."""
     path = configuration_file(file)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    layers = _Layers(given, EnvSettingsSource(Settings)(), path, read_yaml(path) if path else {})
+    layers = _Layers(given, environment_values(Settings), path, read_yaml(path) if path else {})
     values = masked(settings.model_dump(mode="json"))
     return [Setting(".".join(where), value, layers.source(where)) for where, value in _leaves(values)]
 

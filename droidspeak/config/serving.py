@@ -25,8 +25,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import NoDecode
 
+from droidspeak.config.environment import AsText
 from droidspeak.errors import ConfigError
 from droidspeak.storage.urls import parse_size
 
@@ -78,8 +78,7 @@ def _size(value: Any) -> int:
     return size
 
 
-# In the environment it is the text itself, not JSON.
-ListenAddress = Annotated[Address, NoDecode, BeforeValidator(_address, json_schema_input_type=Address | str)]
+ListenAddress = Annotated[Address, AsText, BeforeValidator(_address, json_schema_input_type=Address | str)]
 Size = Annotated[int, BeforeValidator(_size, json_schema_input_type=int | str)]
 TierList = Annotated[tuple[str | dict[str, Any], ...], Field(min_length=1)]
 

@@ -10,24 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
+from droidspeak.config.environment import AsText, environment_values
 from droidspeak.config.serving import ServerSettings
 from droidspeak.connector.options import ConnectorOptions
 from droidspeak.errors import ConfigError, UsageError
-from droidspeak.layerselect import PolicySet, Requirement
 from droidspeak.layerselect.drift import DriftOptions
 from droidspeak.storage.digests import cache_folder
 from droidspeak.storage.guard import Limits
@@ -36,6 +27,7 @@ from droidspeak.storage.tier import Tier
 from droidspeak.storage.urls import open_tier_late, parse_size
 
 if TYPE_CHECKING:
+    from droidspeak.layerselect import PolicySet, Requirement
     from droidspeak.storage.tiered import TieredStore
 
 __all__ = ["Settings", "load_settings", "open_policies", "open_store", "open_tiers"]
@@ -81,7 +73,7 @@ class VllmSettings(BaseModel):
     load: Literal["sync", "async"] = "sync"
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Everything that can be configured.
 
     Attributes:
@@ -95,6 +87,7 @@ class Settings(BaseSettings):
         slo: seconds until the first token that leave time to recompute more; the fastest plan if `None`.
         load_deadline: seconds until a request stops waiting for the store.
         loaders: threads per request that read and decode.
+        load_memory: bytes of host memory that are kept from one load for the next.
         degrees: tensor-parallel degrees of other engines whose chunks are read too.
         report_interval: seconds between the reports that an engine leaves beside the store; 0 for none.
         promote: copy what slower tiers gave into faster ones.
@@ -105,11 +98,9 @@ class Settings(BaseSettings):
         vllm: of engines of vLLM only.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="DROIDSPEAK_", env_nested_delimiter="__", frozen=True, extra="forbid"
-    )
+    model_config = _FROZEN
 
-    tiers: Annotated[tuple[str | dict[str, Any], ...], NoDecode] = Field(
+    tiers: Annotated[tuple[str | dict[str, Any], ...], AsText] = Field(
         default_factory=lambda: ("cpu://?capacity=1GiB", f"disk://{cache_folder() / 'store'}?capacity=20GiB"),
         min_length=1,
     )
@@ -121,6 +112,7 @@ class Settings(BaseSettings):
     slo: float | None = Field(None, gt=0, allow_inf_nan=False)
     load_deadline: float = Field(30.0, gt=0)
     loaders: int = Field(2, gt=0, le=64)
+    load_memory: str | int = "256MiB"
     degrees: tuple[int, ...] = (1, 2, 4, 8)
     report_interval: float = Field(5.0, ge=0, allow_inf_nan=False)
     promote: bool = True
@@ -135,17 +127,6 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return tuple(value.split()) if isinstance(value, str) else value
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _FileSource(settings_cls)
-
     @property
     def connector_options(self) -> ConnectorOptions:
         """What the connector needs of this."""
@@ -154,6 +135,7 @@ class Settings(BaseSettings):
             codec=self.codec,
             load_deadline=self.load_deadline,
             loaders=self.loaders,
+            load_memory=parse_size(self.load_memory),
             degrees=self.degrees,
             report_interval=self.report_interval,
         )
@@ -161,26 +143,14 @@ class Settings(BaseSettings):
     @property
     def requirement(self) -> Requirement:
         """What plans must reach, unless a request says otherwise."""
+        from droidspeak.layerselect import Requirement
+
         return Requirement(self.quality_floor, self.slo)
 
     @property
     def drift_options(self) -> DriftOptions:
         """What the drift guard needs of this."""
         return DriftOptions(**self.drift.model_dump())
-
-
-_FILE: ContextVar[Path | None] = ContextVar("configuration file", default=None)
-
-
-class _FileSource(PydanticBaseSettingsSource):
-    """The YAML file that the caller or `DROIDSPEAK_CONFIG` names."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        path = configuration_file(_FILE.get())
-        return read_yaml(path) if path else {}
 
 
 def load_settings(file: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
@@ -193,18 +163,25 @@ def load_settings(file: Path | str | None = None, overrides: Mapping[str, Any] |
     Raises:
         ConfigError: naming the key, what is wrong, and what is allowed.
     """
-    values = {key: value for key, value in (overrides or {}).items() if value is not None}
-    chosen = _FILE.set(None if file is None else Path(file))
+    path = configuration_file(file)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    values = _merged(read_yaml(path) if path else {}, environment_values(Settings))
     try:
-        settings = Settings(**values)
-        _check(settings)
+        settings = Settings.model_validate(_merged(values, given))
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
-    except SettingsError as error:
-        raise ConfigError(f"environment: {error}") from None
-    finally:
-        _FILE.reset(chosen)
+    _check(settings)
     return settings
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`under` with what `over` says; sections of both are merged."""
+    both = {
+        key: _merged(under[key], value)
+        for key, value in over.items()
+        if isinstance(value, Mapping) and isinstance(under.get(key), Mapping)
+    }
+    return {**under, **over, **both}
 
 
 def open_store(settings: Settings) -> TieredStore:
@@ -245,6 +222,8 @@ def open_policies(settings: Settings) -> PolicySet:
     Raises:
         PolicyError: the folder cannot be read.
     """
+    from droidspeak.layerselect import PolicySet
+
     return PolicySet() if settings.policies is None else PolicySet.from_folder(settings.policies)
 
 
@@ -264,6 +243,9 @@ def configuration_file(file: Path | str | None = None) -> Path | None:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """What a configuration file says. Raises `ConfigError`."""
+    # Imported where it is used: short commands without a file do not wait for it.
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:

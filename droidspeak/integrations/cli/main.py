@@ -9,6 +9,7 @@ import ast
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,8 @@ from droidspeak.integrations.cli.output import ReaderGone, note
 
 # Where each command is. Only what a call needs is imported: torch and transformers take seconds, and memory
 # that a daemon keeps for good.
-_COMMANDS: dict[str, str | dict[str, str]] = {
+_Place = str | dict[str, str]
+_COMMANDS: dict[str, _Place] = {
     "config": {"check": "config:check", "schema": "config:schema", "show": "config:show"},
     "demo": "demo:demo",
     "doctor": "doctor:doctor",
@@ -92,13 +94,17 @@ def _options(
 
 
 def _app(arguments: list[str]) -> typer.Typer:
-    """The command line with the command that `arguments` call; of the others what they are for."""
+    """The command line with the command that `arguments` call; if they call none, what each is for."""
     app = _group("Share KV caches between fine-tuned variants of one model.", name=_NAME)
     app.callback(epilog=_STATUSES)(_options)
-    words = [word for word in arguments if not word.startswith("-")]
-    for name, place in _COMMANDS.items():
-        _add(app, name, place, words)
+    for name, place in _called(_COMMANDS, arguments).items():
+        _add(app, name, place, arguments)
     return app
+
+
+def _called(places: Mapping[str, _Place], words: list[str]) -> Mapping[str, _Place]:
+    """The one of `places` that `words` begin with, else all: reading what they are for takes its time."""
+    return {words[0]: places[words[0]]} if words and words[0] in places else places
 
 
 def _group(help: str, name: str | None = None) -> typer.Typer:
@@ -112,11 +118,11 @@ def _group(help: str, name: str | None = None) -> typer.Typer:
     )
 
 
-def _add(app: typer.Typer, name: str, place: str | dict[str, str], words: list[str]) -> None:
+def _add(app: typer.Typer, name: str, place: _Place, words: list[str]) -> None:
     if isinstance(place, dict):
         group = _group(_GROUPS[name])
-        for part in place if words[:1] == [name] else ():
-            _add(group, part, place[part], words[1:])
+        for part, inner in _called(place, words[1:]).items() if words[:1] == [name] else ():
+            _add(group, part, inner, words[1:])
         app.add_typer(group, name=name)
     elif words[:1] == [name]:
         _add_called(app, name, *place.split(":"))
