@@ -14,6 +14,7 @@ DroidSpeakError
 │   ├── ChunkCorrupt (ValueError)       bytes that are not the chunk that was stored
 │   ├── ChunkIncomplete (LookupError)   a chunk without the slots that were asked for
 │   ├── TierUnavailable (OSError)       the tier cannot be reached, read or written
+│   │   └── TierClosed                  and will not be any more: its owner has closed it
 │   ├── TierTimeout (TimeoutError)      the tier did not answer before its deadline
 │   └── TierFull                        no room, and nothing may be evicted
 ├── NotFound (LookupError)              what the caller named is not there
@@ -38,6 +39,7 @@ __all__ = [
     "PolicyError",
     "PromptError",
     "StorageError",
+    "TierClosed",
     "TierFull",
     "TierTimeout",
     "TierUnavailable",
@@ -115,6 +117,10 @@ class ChunkIncomplete(StorageError, LookupError):
 
 class TierUnavailable(StorageError, OSError):
     """The tier cannot be reached, read or written."""
+
+
+class TierClosed(TierUnavailable):
+    """The tier was closed by who opened it: it does not get better by waiting."""
 
 
 class TierTimeout(StorageError, TimeoutError):

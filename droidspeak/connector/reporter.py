@@ -2,6 +2,7 @@
 
 While there are requests, one thread hands the report over every few seconds, and `close` does so once more. A
 request only adds to the figures. What cannot be kept is counted (`report_failures`) and comes with the next.
+Once the store is closed no more are handed over.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from droidspeak.connector.reports import (
 )
 from droidspeak.connector.shards import Shard
 from droidspeak.connector.status import Outcome
-from droidspeak.errors import StorageError
+from droidspeak.errors import StorageError, TierClosed
 from droidspeak.layerselect.drift import DriftGuard
 from droidspeak.storage import ChunkInfo, Counters, Tier, TieredStore
 
@@ -145,6 +146,11 @@ class Reporter:
     def _hand_over(self, *, ended: bool = False) -> None:
         try:
             self._keep(ended)
+        except TierClosed as error:
+            # Whoever closed the store before its connector waits for no report.
+            self._kept = False
+            self._counters.add("report_failures")
+            _log.debug("no more reports: %s", error)
         except StorageError as error:
             self._counters.add("report_failures")
             _log.debug("report not kept: %s", error)

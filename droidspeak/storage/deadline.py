@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from droidspeak.errors import TierTimeout, TierUnavailable
+from droidspeak.errors import TierClosed, TierTimeout
 
 __all__ = ["DeadlineThreads"]
 
@@ -68,7 +68,7 @@ class DeadlineThreads:
 
         Raises:
             TierTimeout: no answer after `deadline` s.
-            TierUnavailable: the threads are closed.
+            TierClosed: the threads are closed.
         """
         return self._await(self._submit(call), deadline)
 
@@ -91,7 +91,7 @@ class DeadlineThreads:
         job = _Job(call)
         with self._lock:
             if self._last is not None:
-                raise TierUnavailable(f"{self._name} is closed")
+                raise TierClosed(f"{self._name} is closed")
             self._outstanding += 1
             self._start_if(self._outstanding > self._threads)
             self._jobs.put(job)

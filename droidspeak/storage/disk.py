@@ -31,7 +31,14 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from droidspeak.errors import ChunkCorrupt, ChunkIncomplete, StorageError, TierFull, TierUnavailable
+from droidspeak.errors import (
+    ChunkCorrupt,
+    ChunkIncomplete,
+    StorageError,
+    TierClosed,
+    TierFull,
+    TierUnavailable,
+)
 from droidspeak.storage.catalog import Catalog, PendingWrite
 from droidspeak.storage.chunkfolder import (
     ChunkFolder,
@@ -403,8 +410,9 @@ class DiskTier(Tier):
 
     def _writable(self) -> WriterMark:
         if self._mark is None:
-            state = "opened read-only" if self.read_only else "closed"
-            raise TierUnavailable(f"{self.root}: the tier is {state}")
+            if self.read_only:
+                raise TierUnavailable(f"{self.root}: the tier is opened read-only")
+            raise TierClosed(f"{self.root}: the tier is closed")
         return self._mark
 
     def _open(self) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from droidspeak.errors import TierUnavailable
+from droidspeak.errors import TierClosed
 from droidspeak.storage.tier import Tier, TierUsage
 from droidspeak.storage.wrappers import Call, WrapperTier
 
@@ -35,7 +35,7 @@ class LateTier(WrapperTier):
     def _around(self, call: Call[T]) -> T:
         with self._lock:
             if self._closed:
-                raise TierUnavailable(f"tier {self.name} is closed")
+                raise TierClosed(f"tier {self.name} is closed")
             if not self._opened:
                 self.tier = self._open()
                 self._opened = True

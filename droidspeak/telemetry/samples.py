@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from droidspeak.connector import Connector, Reason
-from droidspeak.errors import StorageError
 from droidspeak.layerselect.drift import DriftState
 from droidspeak.storage import Tier, TieredStore, TierUsage
 from droidspeak.storage.breaker import BreakerState
 from droidspeak.storage.counters import BOUNDS
 from droidspeak.storage.guard import GuardedTier
+from droidspeak.telemetry.rested import Rested
 
 __all__ = [
     "BUCKETS",
@@ -33,9 +32,6 @@ Counts = Mapping[str, Mapping[str, int]]
 """As of `Counters.snapshot`."""
 
 BUCKETS = (*map(str, BOUNDS), "+Inf")
-
-# A tier whose usage took n seconds to find out is asked again after this many times n.
-_REST = 100
 
 # Of a connector's counters: their name, the metric, and what a label says of the metric's labels.
 _PLAIN: dict[str, tuple[str, Callable[[str], tuple[str, ...]]]] = {
@@ -114,7 +110,7 @@ class StoreSamples:
     """Tiers of stores. Remembers what it was dear to ask."""
 
     def __init__(self) -> None:
-        self._usages: dict[tuple[str, str], _Usage] = {}
+        self._usages: dict[tuple[str, str], Rested[TierUsage]] = {}
 
     def of(self, tenant: str, store: Tier) -> Iterator[Sample]:
         """Samples of one store, which may be a single tier."""
@@ -133,7 +129,7 @@ class StoreSamples:
 
     def _tier(self, tenant: str, tier: Tier) -> Iterator[Sample]:
         where = (tenant, tier.name)
-        usage = self._usages.setdefault(where, _Usage()).get(tier)
+        usage = self._usages.setdefault(where, Rested()).get(tier.usage)
         yield "tier_up", where, usage is not None
         if usage:
             yield "tier_bytes", where, usage.nbytes
@@ -146,23 +142,3 @@ class StoreSamples:
         if isinstance(tier, GuardedTier):
             for side, state in (("reading", tier.reading), ("writing", tier.writing)):
                 yield "tier_skipped", (*where, side), state is not BreakerState.CLOSED
-
-
-class _Usage:
-    """A tier's usage, not asked for more often than it is cheap: S3 lists a whole bucket for it."""
-
-    def __init__(self) -> None:
-        self._due = 0.0
-        self._last: TierUsage | None = None
-
-    def get(self, tier: Tier) -> TierUsage | None:
-        """The usage, or `None` of a tier that does not answer."""
-        began = time.monotonic()
-        if began >= self._due:
-            try:
-                self._last = tier.usage()
-            except StorageError:
-                self._last = None
-            now = time.monotonic()
-            self._due = now + _REST * (now - began)
-        return self._last

@@ -221,6 +221,34 @@ def test_a_store_that_hangs_holds_no_request(tmp_path):
         serving.close()
 
 
+@pytest.mark.parametrize("kind", ["store", "tier"])
+def test_no_report_is_tried_once_the_store_is_closed(tmp_path, kind):
+    tried = []
+
+    class Noting(DiskTier):
+        def put_report(self, name, data):
+            tried.append(name)
+            return super().put_report(name, data)
+
+    tier = Noting(tmp_path, min_free=0)
+    store = TieredStore([tier]) if kind == "store" else tier
+    serving = connector(store, report_interval=60)
+    reporter = serving._reporter
+    match, outcome = Match(ME, Reason.EXACT_HIT, 5, SIZE), Outcome(Reason.EXACT_HIT, 5, exact_tokens=SIZE)
+    reporter._hand_over()
+    assert (len(tried), serving.counters.get("report_failures")) == (1, 0)
+    store.close()
+    reporter._hand_over()
+    assert serving.counters.get("report_failures") == 1
+    before = len(tried)
+    for _ in range(3):
+        serving.record(outcome, match)
+        assert reporter._thread is None
+    serving.close()
+    assert (len(tried), serving.counters.get("report_failures")) == (before, 1)
+    assert serving.counters.get("requests", "applied") == 3
+
+
 def test_what_was_not_kept_comes_with_the_next(tmp_path):
     with FaultyTier(disk(tmp_path), {"put_report": [fail(TierUnavailable("no"))]}) as store:
         fill(store, ME, IDS)

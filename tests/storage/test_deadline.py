@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from droidspeak.errors import TierTimeout, TierUnavailable
+from droidspeak.errors import TierClosed, TierTimeout
 from droidspeak.storage.deadline import DeadlineThreads
 
 from .gates import eventually
@@ -124,7 +124,7 @@ def test_closes_once_and_refuses_what_comes_later(one: DeadlineThreads) -> None:
     for n in range(3):
         one.close(lambda n=n: made.append(n), 10)
     assert made == [0]
-    with pytest.raises(TierUnavailable, match=r"^tier one is closed$"):
+    with pytest.raises(TierClosed, match=r"^tier one is closed$"):
         one.run(lambda: None, 10)
 
 

@@ -1,18 +1,17 @@
 """What the status page shows, gathered: tiers, models, sharing, policies, drift, engines.
 
-What is costly to find out (a bucket is listed for its usage) is asked again only after 100 times as long as
-it took; the page then shows what was found before.
+What is dear to find out is asked for seldom (`droidspeak.telemetry.rested`); the page then shows what was
+found before.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from droidspeak.connector.reports import OTHER, Drift, Pair, Report, counts_of, pairs_of, read_reports
 from droidspeak.errors import PolicyError, StorageError
@@ -21,13 +20,12 @@ from droidspeak.integrations.server.state import DEFAULT_TENANT, DaemonState
 from droidspeak.layerselect.artifact import Artifact, read_artifact
 from droidspeak.storage import Tier, TierUsage
 from droidspeak.storage.reports import TOTAL
+from droidspeak.telemetry.rested import Rested
 
 __all__ = ["Content", "Engine", "Matrix", "Model", "PageSource", "Policies", "TierRow"]
 
-_REST = 100
 _LATELY = timedelta(minutes=10)
 _MOST_MODELS = 12
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -143,29 +141,6 @@ class Content:
         return sum(pair.tokens for pair in self.pairs if pair.sender == pair.receiver)
 
 
-class Rested(Generic[T]):
-    """An answer that is asked for again when `_REST` times as long has passed as it took."""
-
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self._ask = ask
-        self._lock = threading.Lock()
-        self._due = 0.0
-        self._last: T | None = None
-
-    def get(self) -> T | None:
-        """The answer, `None` where there was none: a tier that does not answer."""
-        with self._lock:
-            began = time.monotonic()
-            if began >= self._due:
-                try:
-                    self._last = self._ask()
-                except StorageError:
-                    self._last = None
-                ended = time.monotonic()
-                self._due = ended + _REST * (ended - began)
-            return self._last
-
-
 class PageSource:
     """Gathers for `daemon`, whose stores are looked up at each request."""
 
@@ -203,7 +178,7 @@ class PageSource:
 
     def _tier(self, access: Access, tier: Tier) -> TierRow:
         counters = access.store.counters
-        usage = self._usages.setdefault((access.tenant, tier.name), Rested(tier.usage)).get()
+        usage = self._usages.setdefault((access.tenant, tier.name), Rested()).get(tier.usage)
         return TierRow(
             tier.name,
             usage,
@@ -215,8 +190,8 @@ class PageSource:
     def _models(self, access: Access, names: Mapping[str, str]) -> list[Model]:
         held: dict[str, list[tuple[str, TierUsage]]] = {}
         for tier in access.store.tiers:
-            asked = self._sources.setdefault((access.tenant, tier.name), Rested(tier.sources))
-            for source, usage in (asked.get() or {}).items():
+            asked = self._sources.setdefault((access.tenant, tier.name), Rested())
+            for source, usage in (asked.get(tier.sources) or {}).items():
                 held.setdefault(source, []).append((tier.name, usage))
         models = (
             Model(
