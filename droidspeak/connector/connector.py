@@ -252,16 +252,17 @@ class Connector:
         missing = (n for n, key in enumerate(_keys(source.source_id, hashes, self.shard)) if key not in done)
         return next(missing, len(hashes))
 
-    def record(self, outcome: Outcome, match: Match | None = None) -> Outcome:
+    def record(self, outcome: Outcome, match: Match | None = None, *, request: str | None = None) -> Outcome:
         """Counts and logs the answer to one request; returns it.
 
         Args:
             match: that was loaded, or was not; without one the request is not counted by pair.
+            request: what the engine calls it, for the log.
         """
         receiver = match.receiver.source_id if match is not None and match.receiver else None
         self._tally.outcome(outcome, receiver)
         self._reporter.record(outcome, match)
-        log_request(_log, outcome, receiver)
+        log_request(_log, outcome, receiver, request)
         return outcome
 
     def record_ttft(self, outcome: Outcome, seconds: float) -> None:

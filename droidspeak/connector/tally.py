@@ -97,11 +97,16 @@ def match_attributes(match: Match) -> Attributes:
     }
 
 
-def log_request(log: logging.Logger, outcome: Outcome, receiver: str | None) -> None:
-    """The line of one request, at debug; a structured handler finds its parts as the record's own."""
+def log_request(log: logging.Logger, outcome: Outcome, receiver: str | None, name: str | None = None) -> None:
+    """The line of one request, at debug; a structured handler finds its parts as the record's own.
+
+    Args:
+        name: what the engine calls the request.
+    """
     if not log.isEnabledFor(logging.DEBUG):
         return
     parts = {
+        "id": name,
         "status": outcome.status.value,
         "reason": outcome.reason.value,
         "source": outcome.source,

@@ -18,7 +18,7 @@ Part = Literal["process", "server", "store", "requests", "drift"]
 PARTS: dict[Part, str] = {
     "process": "Every process",
     "server": "The daemon",
-    "store": "Tiers: the daemon, and processes that serve a model. `tenant` is empty for the default one",
+    "store": "Tiers: daemon, vLLM, and processes that serve a model. `tenant` is empty for the default one",
     "requests": "Requests of a model: processes that serve one, and vLLM",
     "drift": "Drift, where requests are sampled",
 }

@@ -5,12 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.auto import AutoModelForCausalLM
 
 from droidspeak.connector import Connector, ConnectorOptions
@@ -25,6 +32,7 @@ from droidspeak.storage import ChunkKey, PrefixHasher, Slot, SlotKind, SourceMan
 from .engine import Answer
 
 VOCABULARY, LAYERS, HIDDEN = 256, 4, 128
+WINDOW = 96
 NEAR = 1e-4
 MARGIN = 0.005  # of the best token's logit; engines differ by less than `NEAR`
 
@@ -41,11 +49,16 @@ _SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": LlamaConfig,
-    "mistral": MistralConfig,
+    "mistral": partial(MistralConfig, sliding_window=None),
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "windows": partial(MistralConfig, sliding_window=WINDOW),
+    "mixed": partial(Gemma3TextConfig, sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=32),
+    # As vLLM runs it; for transformers every layer of it has full attention.
+    "mixed_llama": partial(LlamaConfig, sliding_window=WINDOW, layer_types=_MIXED),
 }
 
 
@@ -61,8 +74,7 @@ def save_model(
     """A model whose answers are not decided by rounding; those with little noise are near to each other."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        options = {"sliding_window": None} if architecture == "mistral" else {}
-        model = AutoModelForCausalLM.from_config(_ARCHITECTURES[architecture](**_SHAPE, **options))
+        model = AutoModelForCausalLM.from_config(_ARCHITECTURES[architecture](**_SHAPE))
         for weights in model.parameters():
             if weights.dim() > 1:
                 weights.data *= 3

@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # vLLM compiles one function of its sampler even in eager mode.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 _ENGINE = ["--enforce-eager", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "4"]
 

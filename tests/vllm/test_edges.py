@@ -173,6 +173,7 @@ class Locked(MemoryTier):
 def test_what_does_not_fit_into_the_backlog_is_counted(manifests):
     from droidspeak.integrations.vllm_connector.messages import SaveOrder
     from droidspeak.integrations.vllm_connector.saving import Saver
+    from droidspeak.integrations.vllm_connector.tables import BlockTable
 
     block, blocks = 32, 7
     pages = torch.randn(blocks, block, 2, 32)
@@ -180,16 +181,15 @@ def test_what_does_not_fit_into_the_backlog_is_counted(manifests):
         device=pages.device,
         snapshot=lambda ids: pages[ids].clone(),
         rows=lambda copied: (copied.flatten(0, 1),) * 2,
+        table=BlockTable(0, block),
     )
     store = Locked()
     connector = Connector(store, None, ConnectorOptions(chunk_size=SIZE, save_backlog=1))
     one_chunk = LAYERS * 2 * block * 2 * 32 * 4
-    saver = Saver(
-        connector, dict.fromkeys(range(LAYERS), layer), None, block_size=block, backlog=2 * one_chunk
-    )
+    saver = Saver(connector, dict.fromkeys(range(LAYERS), layer), None, backlog=2 * one_chunk)
     prompts = [prompt(number, SIZE) for number in range(40, 46)]
     for ids in prompts:
-        saver.keep(SaveOrder("it", manifests[0], "", tuple(ids), range(1), (1, 2)))
+        saver.keep(SaveOrder("it", manifests[0], "", tuple(ids), range(1), ((1, 2),)))
     store.opened.set()
     saver.close()
     connector.close()

@@ -13,11 +13,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CONNECTOR = "droidspeak.integrations.vllm_connector:DroidSpeakConnector"
 _OURS, _THEIRS = "droidspeak.integrations.vllm_connector", "vllm.distributed.kv_transfer.kv_connector.v1"
 BASES = {
-    CONNECTOR: f"{_THEIRS}.base:KVConnectorBase_V1",
-    f"{_OURS}.messages:StepOrders": f"{_THEIRS}.base:KVConnectorMetadata",
-    f"{_OURS}.messages:Reports": f"{_THEIRS}.base:KVConnectorWorkerMetadata",
-    f"{_OURS}.metrics:ConnectorStats": f"{_THEIRS}.metrics:KVConnectorStats",
-    f"{_OURS}.metrics:ConnectorMetrics": f"{_THEIRS}.metrics:KVConnectorPromMetrics",
+    CONNECTOR: (f"{_THEIRS}.base:KVConnectorBase_V1", f"{_THEIRS}.base:SupportsHMA"),
+    f"{_OURS}.messages:StepOrders": (f"{_THEIRS}.base:KVConnectorMetadata",),
+    f"{_OURS}.messages:Reports": (f"{_THEIRS}.base:KVConnectorWorkerMetadata",),
+    f"{_OURS}.metrics:ConnectorStats": (f"{_THEIRS}.metrics:KVConnectorStats",),
+    f"{_OURS}.metrics:ConnectorMetrics": (f"{_THEIRS}.metrics:KVConnectorPromMetrics",),
 }
 OWN = {"loads", "saves", "since_last", "data"}  # names of ours that vLLM does not ask for
 # What vLLM calls, beyond what is abstract: a hook of another name would silently never be called.
@@ -28,11 +28,11 @@ HOOKS = {
     "build_kv_connector_stats",
     "build_prom_metrics",
     "get_block_ids_with_load_errors",
-    "get_finished",
     "get_kv_connector_stats",
     "get_num_new_matched_tokens",
+    "get_transfer_results",
     "register_kv_caches",
-    "request_finished",
+    "request_finished_all_groups",
     "requires_kv_delivery",
     "requires_piecewise_for_cudagraph",
     "save_kv_layer",
@@ -60,12 +60,13 @@ def test_every_hook_is_one_of_vllms():
 
 @pytest.mark.parametrize("place", BASES)
 def test_parameters_are_those_of_vllm(place):
-    ours, theirs = named(place), named(BASES[place])
-    assert issubclass(ours, theirs)
+    ours, bases = named(place), [named(base) for base in BASES[place]]
+    assert all(issubclass(ours, base) for base in bases)
+    theirs = {name: base for base in reversed(bases) for name in dir(base)}
     names = public(ours) - OWN
-    assert names <= set(dir(theirs))
+    assert names <= theirs.keys()
     for name in names | ({"__init__"} if place == CONNECTOR else set()):
-        mine, original = inspect.getattr_static(ours, name), inspect.getattr_static(theirs, name)
+        mine, original = inspect.getattr_static(ours, name), inspect.getattr_static(theirs[name], name)
         assert isinstance(mine, property) == isinstance(original, property), name
         if not isinstance(mine, property):
             mine, original = (getattr(method, "__func__", method) for method in (mine, original))
@@ -85,21 +86,25 @@ USED = {
         "request_id",
         "update_block_hashes",
     ),
-    "vllm.v1.core.kv_cache_manager:KVCacheManager": ("evict_blocks",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": ("evict_blocks", "get_block_ids"),
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks": ("get_block_ids",),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "num_scheduled_tokens",
         "scheduled_cached_reqs",
         "scheduled_new_reqs",
     ),
-    "vllm.v1.core.sched.output:NewRequestData": ("block_ids", "num_computed_tokens", "req_id"),
-    "vllm.v1.core.sched.output:CachedRequestData": (
-        "new_block_ids",
-        "num_computed_tokens",
-        "req_ids",
-        "resumed_req_ids",
+    "vllm.v1.core.sched.output:NewRequestData": ("num_computed_tokens", "req_id"),
+    "vllm.v1.core.sched.output:CachedRequestData": ("num_computed_tokens", "req_ids"),
+    "vllm.v1.outputs:KVConnectorOutput": (
+        "failed_recving",
+        "invalid_block_ids",
+        "kv_connector_stats",
+        "kv_connector_worker_meta",
     ),
-    "vllm.v1.outputs:KVConnectorOutput": ("invalid_block_ids", "kv_connector_worker_meta"),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": ("kv_cache_groups",),
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("kv_cache_spec", "layer_names"),
+    "vllm.v1.kv_cache_interface:KVCacheSpec": ("block_size",),
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("sliding_window",),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "block_table_tensor",
         "causal",

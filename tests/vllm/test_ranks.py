@@ -7,6 +7,7 @@ import torch
 
 from droidspeak.integrations.transformers import PrefixKV, capture
 from droidspeak.layerselect.mapfeatures import MapFeatures
+from droidspeak.storage import SourceManifest
 
 from .engines import Request
 from .models import (
@@ -19,6 +20,7 @@ from .models import (
     load,
     prompt,
     renamed,
+    save_model,
     store_prefill,
     stored,
     write_maps,
@@ -97,3 +99,28 @@ def test_two_ranks(start, folders, manifests, tmp_path, mode):
         for layer, (k, v) in enumerate(theirs.layers):
             for mine, right in zip((k, v), whole.layers[layer], strict=True):
                 torch.testing.assert_close(mine, right[:320], rtol=0, atol=NEAR)
+
+
+def test_two_ranks_with_windows(start, tmp_path):
+    folder = save_model(tmp_path / "model", "mixed")
+    me = SourceManifest.from_folder(folder)
+    twin = renamed(me, "twin")  # the same weights: by any plan the answer is the receiver's own
+    policies = write_plan(tmp_path / "policies", twin, me, "1-2")
+    shared, one_broken = prompt(1, LENGTH), prompt(2, LENGTH)
+    with Disk(tmp_path / "store") as disk:
+        for ids in (shared, one_broken):
+            store_prefill(disk.tier, folder, twin, ids, SIZE, ranks=2)
+        disk.file(keys_of(twin, one_broken, SIZE, shard="1of2")[1]).write_bytes(b"nothing")
+        with start(
+            folder,
+            tiers=[disk.url],
+            chunk_size=SIZE,
+            policies=policies,
+            environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+            engine={"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+        ) as engine:
+            mixed, broken = engine.tell(Request(shared), Request(one_broken))
+    assert mixed.status == ("applied", "cross_model_hit")
+    assert broken.status == ("fallback_reprefill", "corrupt")
+    assert_said(mixed, answer(load(folder), shared))
+    assert_said(broken, answer(load(folder), one_broken))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -31,11 +34,17 @@ PLAN = "1-2"
 TOKENS, TICKS = 8, 2
 MARGIN = 0.005  # logits; engines differ by 1e-4
 MISS, HIT = ("fallback_reprefill", "miss"), ("applied", "cross_model_hit")
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def prompt(number: int, length: int = LENGTH) -> list[int]:
     draw = random.Random(number)
     return [draw.randrange(3, VOCABULARY) for _ in range(length)]
+
+
+def words(token_ids: Sequence[int]) -> str:
+    """As the tokenizer reads and writes them."""
+    return " ".join(f"w{token}" for token in token_ids)
 
 
 # --- what is right, by transformers ---
@@ -56,8 +65,8 @@ def save_models(root: Path) -> tuple[Path, Path]:
         bos_token_id=1,
         eos_token_id=2,
     )
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
@@ -77,7 +86,9 @@ def scale(model, change) -> None:
 
 def save(model, tokenizer, folder) -> None:
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", chat_template=CHAT_TEMPLATE
+    ).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,18 @@ class World:
     source: str
     sending: DroidSpeak
     receiving: DroidSpeak
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the receiver tells of a prompt that the sender has prefilled."""
+        return {
+            "status": "applied",
+            "reason": "cross_model_hit",
+            "exact_tokens": 0,
+            "shared_tokens": SHARED,
+            "plan": PLAN,
+            "source": self.source,
+        }
 
     def tokens(self, number: int, *, share: bool) -> list[int]:
         """What the receiver says to a prompt, its prefix mixed by the plan or its own."""
@@ -191,14 +214,7 @@ def test_a_receiver_uses_what_the_sender_has_prefilled(world, pair):
     assert mixed != own
     pair.send(1)
     answer = ask(pair.receiver, prompt(1))
-    assert answer.told == {
-        "status": "applied",
-        "reason": "cross_model_hit",
-        "exact_tokens": 0,
-        "shared_tokens": SHARED,
-        "plan": PLAN,
-        "source": world.source,
-    }
+    assert answer.told == world.shared
     assert answer.tokens == mixed
     # The next one is shared again: nothing mixed may pass for the receiver's own.
     assert ask(pair.receiver, prompt(1)) == answer
@@ -253,11 +269,148 @@ def test_metrics_of_the_table(pair):
     ].labels.keys()
 
 
+def test_tiers_and_queues(pair):
+    pair.send(15)
+    name, held = "remote" if pair.daemon else "disk", len(pair.keys())
+    wait_for(lambda: sampled(pair.sender, "tier_chunks", tier=name) == held, "the tier's chunks")
+    # A server's scheduler and worker are two processes, and one of them saves.
+    assert sampled(pair.sender, "tier_up", tier=name) == 1
+    assert sampled(pair.sender, "write_queue_capacity_bytes", tier=name) == 1 << 30
+    assert sampled(pair.sender, "save_queue_capacity_bytes") == 2 << 30
+    assert sampled(pair.sender, "save_queue_bytes") == 0
+
+
+def test_a_corrupt_chunk_is_counted(pair):
+    if pair.daemon:
+        pytest.skip("the daemon counts it")
+    before = set(pair.keys())
+    pair.send(16)
+    with closing(open_tier(pair.tier)) as tier:
+        file = tier.path((set(pair.keys()) - before).pop())
+    file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+    assert ask(pair.receiver, prompt(16)).status == ("fallback_reprefill", "corrupt")
+    wait_for(
+        lambda: sampled(pair.receiver, "store_events_total", tier="disk", event="corrupt") == 1, "its count"
+    )
+    held = len(pair.keys())
+    wait_for(lambda: sampled(pair.receiver, "tier_chunks", tier="disk") == held, "what is left")
+
+
+def sampled(server: Server, name: str, **labels: str) -> float | None:
+    """The value of a metric of the table, as of one more step."""
+    ask(server, prompt(3, 16), 1)
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    values = [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == f"droidspeak_{name}" and labels.items() <= sample.labels.items()
+    ]
+    return values[0] if values else None
+
+
 def settled_events(server: Server) -> dict[tuple[str, str], int]:
     """With all requests before this call. Counts travel with engine steps, so the last ones need others."""
     for _ in range(TICKS):
         ask(server, prompt(3, 16), 1)
     return events(server)
+
+
+# --- all forms of an answer ---
+
+SENT, ALSO_SENT, UNKNOWN = 23, 27, 28
+FORMS = ["completions", "chat/completions", "responses", "messages"]
+
+
+def asks(form: str, number: int) -> dict[str, Any]:
+    """What a request of this form has for a prompt."""
+    if form == "completions":
+        return {"prompt": prompt(number)}
+    if form == "responses":
+        return {"input": words(prompt(number)), "max_output_tokens": TOKENS}
+    return {"messages": [{"role": "user", "content": words(prompt(number))}]}
+
+
+@pytest.fixture(scope="module")
+def mixed(world, pair) -> str:
+    """The receiver's answer to a prompt that its server can share, in words."""
+    if pair.daemon is not None:
+        pytest.skip("the form of an answer has nothing to do with the store")
+    pair.send(SENT, ALSO_SENT)
+    return words(world.tokens(SENT, share=True))
+
+
+def post(pair: Pair, form: str, body: dict[str, Any], **options: Any) -> httpx.Response:
+    """The receiver's greedy answer; `options` are the request's `droidspeak` ones."""
+    given = {"model": "it", "max_tokens": TOKENS, "temperature": 0, **body}
+    given["kv_transfer_params"] = {"droidspeak": options}
+    return httpx.post(f"{pair.receiver.url}/v1/{form}", json=given, timeout=60).raise_for_status()
+
+
+def told(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer["kv_transfer_params"]["droidspeak"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_whole_answer_tells_what_became_of_its_request(world, pair, mixed, form):
+    answer = post(pair, form, asks(form, SENT))
+    assert (told(answer.json()), mixed in answer.text) == (world.shared, True)
+    assert told(post(pair, form, asks(form, ALSO_SENT), share=False).json())["reason"] == "opted_out"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_streams_only_that_of_a_response_tells_it(world, pair, mixed, form):
+    answer = post(pair, form, {**asks(form, SENT), "stream": True}).text
+    if form == "responses":
+        last = json.loads(answer.rpartition("data: ")[2])
+        assert (last["type"], told(last["response"])) == ("response.completed", world.shared)
+    else:
+        assert "kv_transfer_params" not in answer
+        assert re.findall(r" (w[0-9]+)", answer) == mixed.split()
+
+
+def test_which_of_several_answers_is_told(world, pair, mixed):
+    for form in ("completions", "chat/completions"):
+        two = {**asks(form, SENT), "n": 2, "temperature": 1}
+        assert told(post(pair, form, two).json()) == world.shared
+    both = prompt(SENT), prompt(UNKNOWN)
+    assert told(post(pair, "completions", {"prompt": both}).json()) == world.shared
+    assert told(post(pair, "completions", {"prompt": both[::-1]}).json())["reason"] == "miss"
+
+
+@pytest.mark.parametrize("form", ["completions", "chat/completions"])
+def test_an_answer_that_a_stop_string_ends_is_not_told(world, pair, mixed, form):
+    first, second = mixed.split()[:2]
+    cut = post(pair, form, {**asks(form, SENT), "stop": [second]})
+    assert cut.json()["kv_transfer_params"] is None
+    assert (first in cut.text, cut.json()["choices"][0]["stop_reason"]) == (True, second)
+    by_token = {**asks(form, SENT), "stop_token_ids": [int(second.removeprefix("w"))]}
+    assert told(post(pair, form, by_token).json()) == world.shared
+
+
+def test_a_batch_of_chats_is_not_told(pair, mixed):
+    chats = {"messages": [asks("chat/completions", SENT)["messages"]] * 2}
+    answer = post(pair, "chat/completions/batch", chats)
+    assert (answer.json()["kv_transfer_params"], answer.text.count(mixed)) == (None, 2)
+
+
+def test_options_of_streams_and_batches_count_and_those_of_beam_search_do_not(pair, mixed):
+    before = opted_out(pair.receiver)
+    for form in FORMS:
+        post(pair, form, {**asks(form, ALSO_SENT), "stream": True}, share=False)
+    chats = {"messages": [asks("chat/completions", ALSO_SENT)["messages"]] * 2}
+    post(pair, "chat/completions/batch", chats, share=False)
+    beams = {**asks("completions", SENT), "use_beam_search": True, "n": 2, "max_tokens": 2}
+    answer = post(pair, "completions", beams, share=False).json()
+    assert (answer["kv_transfer_params"], len(answer["choices"])) == (None, 2)
+    assert opted_out(pair.receiver) == before + len(FORMS) + 2
+
+
+def opted_out(server: Server) -> int:
+    return settled_events(server).get(("reasons", "opted_out"), 0)
+
+
+# --- when the store fails ---
 
 
 def test_a_daemon_that_dies_and_comes_back(world, pair):

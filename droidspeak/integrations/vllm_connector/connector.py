@@ -9,17 +9,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
 
 from droidspeak.config import Settings, open_policies
 from droidspeak.config.opening import open_store_from, release_store, settings_from
 from droidspeak.connector import Connector, ConnectorOptions
 from droidspeak.integrations.vllm_connector.identity import Identities
 from droidspeak.integrations.vllm_connector.messages import Reports, StepOrders
-from droidspeak.integrations.vllm_connector.metrics import ConnectorMetrics, ConnectorStats
+from droidspeak.integrations.vllm_connector.metrics import ConnectorMetrics, ConnectorStats, logged
+from droidspeak.integrations.vllm_connector.sampling import EngineSamples, Sampler, StepStats
 from droidspeak.integrations.vllm_connector.saving import captured_layers
 from droidspeak.integrations.vllm_connector.scheduling import SchedulerHalf
 from droidspeak.integrations.vllm_connector.support import unsupported
+from droidspeak.integrations.vllm_connector.tables import keeps_all
 from droidspeak.integrations.vllm_connector.working import WorkerHalf
 
 if TYPE_CHECKING:
@@ -28,11 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["DroidSpeakConnector"]
 
 
-class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """One engine's way to the store.
-
-    It is no `SupportsHMA`: so vLLM keeps the blocks of all layers in one table, those of layers with a
-    sliding window too.
 
     `kv_connector_extra_config` takes every key of `droidspeak.config.Settings`, and `config` for a file.
 
@@ -57,24 +61,36 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = self._scheduler_half(vllm_config, settings)
+            self._scheduler = self._scheduler_half(vllm_config, kv_cache_config, settings)
         else:
-            self._worker = WorkerHalf(vllm_config, self._connector, _agreement(tensor_parallel))
+            self._worker = WorkerHalf(
+                vllm_config, kv_cache_config, self._connector, _agreement(tensor_parallel)
+            )
+        self._stats = self._step_stats(vllm_config.parallel_config.rank)
 
-    def _scheduler_half(self, vllm_config: Any, settings: Settings) -> SchedulerHalf:
+    def _scheduler_half(self, vllm_config: Any, kv_cache_config: Any, settings: Settings) -> SchedulerHalf:
         transfer = vllm_config.kv_transfer_config
         return SchedulerHalf(
             self._connector,
             Identities(vllm_config, self._unsupported),
-            block_size=vllm_config.cache_config.block_size,
             requirement=settings.requirement,
             salt=settings.salt,
             saves=transfer.is_kv_producer,
             loads=transfer.is_kv_consumer,
             captured=captured_layers(vllm_config),
             background=settings.vllm.load == "async",
+            by_blocks=keeps_all(kv_cache_config),
             mixes_adapters=vllm_config.lora_config is not None and _on_cpu(),
         )
+
+    def _step_stats(self, rank: int) -> StepStats:
+        worker = self._worker
+        samples = EngineSamples(
+            self._store,
+            "" if worker is None else f"worker {rank}",
+            lambda: None if worker is None else worker.saving,
+        )
+        return StepStats(self._connector, Sampler(samples.take))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -100,18 +116,23 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._half.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self._half.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+        self._half.allocated(request, tuple(map(tuple, blocks.get_block_ids())), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepOrders:
         return self._half.orders(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
+        self._stats.hear(connector_output.kv_connector_stats)
         reports = connector_output.kv_connector_worker_meta
         self._half.ended(
             reports if isinstance(reports, Reports) else None, set(connector_output.invalid_block_ids or ())
         )
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
+    def request_finished_all_groups(
+        self,
+        request: Any,
+        block_ids: tuple[list[int], ...],  # noqa: ARG002 - saved blocks were copied in their own step
+    ) -> tuple[bool, dict[str, Any] | None]:
         return False, self._half.finished(request)
 
     # In a worker
@@ -137,8 +158,9 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         self._hands.save(self._step_orders())
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self._hands.finished(finished_req_ids) or None
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        received = self._hands.finished(finished_req_ids)
+        return KVConnectorTransferResults(finished_recving=received, failed_recving=self._hands.lost())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._hands.broken_blocks()
@@ -154,11 +176,11 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # In both
 
     def get_kv_connector_stats(self) -> ConnectorStats | None:
-        return ConnectorStats.since_last(self._connector.counters)
+        return self._stats.next()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats | None:
-        return ConnectorStats(data=data or {})
+        return logged(data or {})
 
     @classmethod
     def build_prom_metrics(
@@ -167,6 +189,7 @@ class DroidSpeakConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return ConnectorMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
+        self._stats.close()
         if self._worker is not None:
             self._worker.close()
         if self._scheduler is not None:

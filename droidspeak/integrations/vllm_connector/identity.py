@@ -61,6 +61,8 @@ def _manifest(config: Any, adapter: Path | None) -> SourceManifest:
         raise UnknownIdentity(f"load format {config.load_config.load_format!r}; allowed: auto, safetensors")
     if config.cache_config.cache_dtype != "auto":
         raise UnknownIdentity(f"cache dtype {config.cache_config.cache_dtype!r}; allowed: auto")
+    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
+        raise UnknownIdentity("layers that share their KV: allowed are layers with KV of their own")
     folder = _folder(model.model, model.revision)
     architecture = Architecture.from_config(model.hf_config.to_dict(), str(model.dtype))
     return SourceManifest(

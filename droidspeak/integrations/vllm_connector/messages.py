@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from droidspeak.connector import Match, Reason
+from droidspeak.integrations.vllm_connector.tables import Tables
 from droidspeak.storage import SourceManifest
 
 __all__ = ["LoadOrder", "LoadReport", "Reports", "SaveOrder", "StepOrders"]
@@ -18,7 +19,7 @@ class LoadOrder:
 
     Attributes:
         first: leading tokens that are in the blocks already, from the engine's own prefix cache.
-        block_ids: of the request's tokens from 0 on.
+        tables: the request's blocks, at least as far as `match` goes.
         token_ids: of the prompt, as far as `match` goes.
         background: between the steps, not within this one.
         adapter: the request's LoRA in vLLM's numbers, 0 for none.
@@ -27,7 +28,7 @@ class LoadOrder:
     request_id: str
     match: Match
     first: int
-    block_ids: tuple[int, ...]
+    tables: Tables
     token_ids: tuple[int, ...]
     background: bool
     adapter: int = 0
@@ -46,7 +47,7 @@ class SaveOrder:
         source: the model that computed them.
         token_ids: of the prompt.
         chunks: indices of the chunks.
-        block_ids: of the request's tokens from 0 on, at least to the last chunk's end.
+        tables: the request's blocks, at least to the last chunk's end.
     """
 
     request_id: str
@@ -54,7 +55,7 @@ class SaveOrder:
     salt: str
     token_ids: tuple[int, ...]
     chunks: range
-    block_ids: tuple[int, ...]
+    tables: Tables
 
 
 @dataclass

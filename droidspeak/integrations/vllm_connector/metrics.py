@@ -1,14 +1,16 @@
 """Our counters on vLLM's own `/metrics`.
 
-    droidspeak_...                                 counters and histograms of docs/metrics.md
+    droidspeak_...                                 as in docs/metrics.md
     vllm:droidspeak_events_total{event, label}     counts of `droidspeak.connector.Connector.counters`
 
-Counts travel from scheduler and workers to vLLM's logger as what has come since the last step.
+Counts travel from scheduler and workers to vLLM's logger as what has come since the last step. Gauges travel
+as they are, each with the process that tells it: of one process the latest counts, and all are added up.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +19,13 @@ from weakref import WeakKeyDictionary
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from droidspeak import __version__
 from droidspeak.storage import Counters
 from droidspeak.storage.counters import BOUNDS
 from droidspeak.telemetry.samples import BUCKETS, counted
 from droidspeak.telemetry.table import MetricRow, rows_of
 
-__all__ = ["ConnectorMetrics", "ConnectorStats"]
+__all__ = ["ConnectorMetrics", "ConnectorStats", "gauge_key", "gauges_of", "increase_key", "logged"]
 
 _TOLD: WeakKeyDictionary[Counters, dict[str, int]] = WeakKeyDictionary()
 _UNBOUNDED = ("shared_tokens",)  # labelled by source, which is told as a sum
@@ -30,13 +33,26 @@ _UNBOUNDED = ("shared_tokens",)  # labelled by source, which is told as a sum
 _OF_THE_TABLE = ("lookups", "lookup_", "ttft", "hit_tokens", "layers", "load_", "wait_ns")
 _EVENTS_TOO = ("lookup_failures",)
 
-_ROWS = [row for row in rows_of("requests") if row.kind != "gauge"]
+_ROWS = rows_of("process", "store", "requests")
 _REGISTERED: list[Any] = []
+
+_GAUGE, _INCREASE = "=", "+"
+_BETWEEN = "\x1f"  # what no tier is called
+
+
+def gauge_key(name: str, process: str, labels: Iterable[str]) -> str:
+    """What `ConnectorStats` call the value of a gauge of the table, as one process has it."""
+    return _GAUGE + _BETWEEN.join((name, process, *labels))
+
+
+def increase_key(name: str, labels: Iterable[str]) -> str:
+    """What `ConnectorStats` call the increase of a counter of the table."""
+    return _INCREASE + _BETWEEN.join((name, "", *labels))
 
 
 @dataclass
 class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
-    """Increases by `"event|label"`."""
+    """Increases by `"event|label"` or `increase_key`, values by `gauge_key`."""
 
     @classmethod
     def since_last(cls, counters: Counters) -> ConnectorStats | None:
@@ -49,19 +65,31 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
         return cls(data=data) if data else None
 
     def reset(self) -> None:
-        self.data: dict[str, int] = {}
+        self.data: dict[str, float] = {}
 
     def aggregate(self, other: KVConnectorStats) -> ConnectorStats:
-        names = self.data.keys() | other.data.keys()
-        return ConnectorStats(
-            data={name: self.data.get(name, 0) + other.data.get(name, 0) for name in sorted(names)}
-        )
+        """Both together; of a gauge that one process has told twice, the value that `other` has."""
+        data = {**self.data, **other.data}
+        for name in self.data.keys() & other.data.keys():
+            if not name.startswith(_GAUGE):
+                data[name] = self.data[name] + other.data[name]
+        return ConnectorStats(data=data)
 
     def reduce(self) -> dict[str, int | float]:
-        return {name.replace("|", " "): count for name, count in self.data.items() if _is_event(name)}
+        return {name.replace("|", " "): count for name, count in logged(self.data).data.items()}
 
     def is_empty(self) -> bool:
         return not self.data
+
+
+def gauges_of(stats: ConnectorStats) -> dict[str, float]:
+    """The gauges among `stats`, by their keys."""
+    return {name: value for name, value in stats.data.items() if name.startswith(_GAUGE)}
+
+
+def logged(data: dict[str, float]) -> ConnectorStats:
+    """What of `data` vLLM logs: events. Without any, it logs no line."""
+    return ConnectorStats(data={name: count for name, count in data.items() if _is_event(name)})
 
 
 def _flat(counters: Counters) -> dict[str, int]:
@@ -75,7 +103,7 @@ def _flat(counters: Counters) -> dict[str, int]:
 
 def _is_event(name: str) -> bool:
     event = name.partition("|")[0]
-    return event in _EVENTS_TOO or not event.startswith(_OF_THE_TABLE)
+    return event in _EVENTS_TOO or not event.startswith((*_OF_THE_TABLE, _GAUGE, _INCREASE))
 
 
 class ConnectorMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
@@ -93,23 +121,43 @@ class ConnectorMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         _unregister()
         self._metrics = {row.name: self._metric(row, labelnames) for row in _ROWS}
         _REGISTERED.extend(self._metrics.values())
+        self._gauges: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+        for engine in per_engine_labelvalues.values():
+            self._metrics["build_info"].labels(*engine, __version__).set(1)
 
     def _metric(self, row: MetricRow, labelnames: list[str]) -> Any:
-        names = [*labelnames, *row.labels]
+        named = {"name": row.family, "documentation": row.help, "labelnames": [*labelnames, *row.labels]}
         if row.kind == "counter":
-            return self._counter_cls(name=row.family, documentation=row.help, labelnames=names)
-        return self._histogram_cls(
-            name=row.family, documentation=row.help, labelnames=names, buckets=list(BOUNDS)
-        )
+            return self._counter_cls(**named)
+        if row.kind == "gauge":
+            # Of several API servers, the one that was told last knows: vLLM's own gauges are such.
+            return self._gauge_cls(**named, multiprocess_mode="mostrecent")
+        return self._histogram_cls(**named, buckets=list(BOUNDS))
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
         counts: dict[str, dict[str, int]] = defaultdict(dict)
         for name, count in transfer_stats_data.items():
+            if name.startswith((_GAUGE, _INCREASE)):
+                self._sampled(engine, name, count)
+                continue
             event, _, label = name.partition("|")
             counts[event][label] = count
             if _is_event(name):
                 self._events.labels(*engine, event, label).inc(count)
+        self._counted(engine, counts)
+
+    def _sampled(self, engine: list[Any], key: str, value: float) -> None:
+        name, process, *labels = key[1:].split(_BETWEEN)
+        metric = self._metrics[name].labels(*engine, *labels)
+        if key.startswith(_INCREASE):
+            metric.inc(value)
+            return
+        values = self._gauges[(*engine, name, *labels)]
+        values[process] = value
+        metric.set(sum(values.values()))
+
+    def _counted(self, engine: list[Any], counts: dict[str, dict[str, int]]) -> None:
         durations: dict[tuple[str, tuple[str, ...]], _Durations] = defaultdict(_Durations)
         for name, labels, value in counted(counts):
             if name in self._metrics:

@@ -3,12 +3,14 @@
 A forward context is nested in the engine's: metadata come from the layer's own backend and builder, so K
 and V are written and attended to as in any prefill, chunk by chunk, whatever the architecture. Of a group's
 last layer only K and V are needed, but its whole layer runs: that is the one form that all models share.
+Layers of several of vLLM's tables may run in one group: each `Part` of it has its place for the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +19,33 @@ from torch import Tensor
 
 from droidspeak.integrations.vllm_connector.paging import slots_of
 from droidspeak.integrations.vllm_connector.rotary import EngineRotary
+from droidspeak.integrations.vllm_connector.tables import NULL_BLOCK
 
-__all__ = ["PartialPrefill"]
+__all__ = ["Part", "PartialPrefill"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers of a group that find the rows of a request at the same place.
+
+    Attributes:
+        block_ids: of the tokens from `origin` on, int64; in vLLM's pages or in others that are in use.
+        origin: the first token that the layers may attend to.
+        first: rows of tokens before it are there already, and are not written.
+    """
+
+    layers: tuple[int, ...]
+    block_ids: Tensor
+    block_size: int
+    origin: int = 0
+    first: int = 0
+
+    def slots(self, start: int, end: int) -> Tensor:
+        """Where the rows of the tokens `start .. end` are written, `[end - start]`, int64."""
+        slots = slots_of(self.block_ids, start - self.origin, end - self.origin, self.block_size)
+        known = max(0, self.first - start)
+        slots[:known] = NULL_BLOCK * self.block_size + slots[:known] % self.block_size
+        return slots
 
 
 class PartialPrefill:
@@ -36,7 +63,6 @@ class PartialPrefill:
         self._config, self._attention = vllm_config, attention
         self._layers, self._embed = model.model.layers, model.model.embed_input_ids
         self._adapters = getattr(model, "lora_manager", None)
-        self._block_size = vllm_config.cache_config.block_size
         self._builders: dict[tuple[int, ...], Any] = {}
         self.budget = budget
 
@@ -52,32 +78,29 @@ class PartialPrefill:
         return embedded
 
     @torch.inference_mode()
-    def run(
-        self, layers: Sequence[int], e: Tensor, start: int, block_ids: Tensor, *, adapter: int = 0
-    ) -> None:
-        """Runs `layers` over the tokens from `start` on; `layers` of the tokens before are in the blocks.
+    def run(self, parts: Sequence[Part], e: Tensor, start: int, *, adapter: int = 0) -> None:
+        """Runs the layers of `parts` over the tokens from `start` on; rows of the tokens before are there.
 
         Args:
-            e: `[tokens, hidden]`, the input of the first of `layers`; at most `budget` tokens.
-            block_ids: of the request's tokens from 0 on, int64.
+            e: `[tokens, hidden]`, the input of the first layer; at most `budget` tokens.
             adapter: the request's LoRA in vLLM's numbers, one of the running batch; 0 for none.
         """
         from vllm.forward_context import set_forward_context
 
-        end = start + e.shape[0]
-        positions = torch.arange(start, end, device=e.device)
-        slots = slots_of(block_ids, start, end, self._block_size)
-        metadata = self._builder(layers).build(0, self._common(positions, slots, block_ids))
-        names = [self._attention[layer][0] for layer in layers]
-        context = set_forward_context(
-            dict.fromkeys(names, metadata),
-            self._config,
-            num_tokens=end - start,
-            slot_mapping=dict.fromkeys(names, slots),
-        )
-        with context, self._adapted(adapter, end - start):
+        tokens = e.shape[0]
+        positions = torch.arange(start, start + tokens, device=e.device)
+        metadata: dict[str, Any] = {}
+        slots: dict[str, Tensor] = {}
+        for part in parts:
+            names = [self._attention[layer][0] for layer in part.layers]
+            written = part.slots(start, start + tokens)
+            built = self._builder(part).build(0, _common(part, positions, start + tokens, written))
+            metadata |= dict.fromkeys(names, built)
+            slots |= dict.fromkeys(names, written)
+        context = set_forward_context(metadata, self._config, num_tokens=tokens, slot_mapping=slots)
+        with context, self._adapted(adapter, tokens):
             hidden, residual = e.clone(), None
-            for layer in layers:
+            for layer in sorted(layer for part in parts for layer in part.layers):
                 hidden, residual = self._layers[layer](positions, hidden, residual)
 
     @contextmanager
@@ -97,31 +120,31 @@ class PartialPrefill:
             if outer is not None:
                 self._adapters.set_adapter_mapping(outer)
 
-    def _common(self, positions: Tensor, slots: Tensor, block_ids: Tensor) -> Any:
-        from vllm.v1.attention.backend import CommonAttentionMetadata
-
-        tokens, end = positions.numel(), int(positions[-1]) + 1
-        starts = torch.tensor([0, tokens], dtype=torch.int32)
-        return CommonAttentionMetadata(
-            query_start_loc=starts.to(positions.device),
-            query_start_loc_cpu=starts,
-            seq_lens=torch.tensor([end], dtype=torch.int32, device=positions.device),
-            num_reqs=1,
-            num_actual_tokens=tokens,
-            max_query_len=tokens,
-            max_seq_len=end,
-            block_table_tensor=block_ids[None].to(torch.int32),
-            slot_mapping=slots,
-            causal=True,
-            positions=positions,
-        )
-
-    def _builder(self, layers: Sequence[int]) -> Any:
-        key = tuple(layers)
-        if key not in self._builders:
-            _, attention = self._attention[key[0]]
-            names = [self._attention[layer][0] for layer in key]
+    def _builder(self, part: Part) -> Any:
+        if part.layers not in self._builders:
+            names = [self._attention[layer][0] for layer in part.layers]
+            _, attention = self._attention[part.layers[0]]
             make = attention.get_attn_backend().get_builder_cls()
-            spec = attention.get_kv_cache_spec(self._config)
-            self._builders[key] = make(spec, names, self._config, attention.kv_cache.device)
-        return self._builders[key]
+            spec = replace(attention.get_kv_cache_spec(self._config), block_size=part.block_size)
+            self._builders[part.layers] = make(spec, names, self._config, attention.kv_cache.device)
+        return self._builders[part.layers]
+
+
+def _common(part: Part, positions: Tensor, end: int, slots: Tensor) -> Any:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    tokens, length = positions.numel(), end - part.origin
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts.to(positions.device),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([length], dtype=torch.int32, device=positions.device),
+        num_reqs=1,
+        num_actual_tokens=tokens,
+        max_query_len=tokens,
+        max_seq_len=length,
+        block_table_tensor=part.block_ids[None].to(torch.int32),
+        slot_mapping=slots,
+        causal=True,
+        positions=positions,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,7 +79,6 @@ class RequestState:
         doubtful: it may have been computed with another request's adapter.
         report: of its load, `None` before it has ended.
         failure: a load failed; the request asks for no other one.
-        block_ids: of its tokens from 0 on.
         saved: leading chunks that need no saving any more.
     """
 
@@ -97,7 +96,6 @@ class RequestState:
     doubtful: bool = False
     failure: Reason | None = None
     report: LoadReport | None = None
-    block_ids: list[int] = field(default_factory=list)
     saved: int = 0
 
     @property

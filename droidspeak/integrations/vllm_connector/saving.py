@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from droidspeak.connector import Connector
+from droidspeak.integrations.vllm_connector.loading import Loading
 from droidspeak.integrations.vllm_connector.messages import SaveOrder
 from droidspeak.integrations.vllm_connector.paging import PagedLayer
+from droidspeak.integrations.vllm_connector.tables import BlockTable, live_from
+from droidspeak.storage.tier import TierQueue
 
 __all__ = ["EPages", "Saver", "captured_layers"]
 
@@ -39,6 +42,7 @@ class EPages:
 
     pages: Tensor
     layers: tuple[int, ...]
+    table: BlockTable
 
     def snapshot(self, block_ids: Tensor) -> Tensor:
         """A copy of whole pages."""
@@ -54,22 +58,29 @@ class EPages:
 
 
 @dataclass(frozen=True)
-class _Copied:
-    """Pages of some chunks.
+class _Pages:
+    """Copied pages of one layer, or of E; the first one begins with the token `start`."""
 
-    Attributes:
-        start: the token that the first page begins with.
-    """
+    copy: Tensor
+    start: int
+
+    def rows(self, begin: int, size: int) -> slice:
+        """Among the rows of these pages, those of `size` tokens from `begin` on."""
+        return slice(begin - self.start, begin - self.start + size)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """Pages of some chunks."""
 
     order: SaveOrder
-    start: int
-    layers: Mapping[int, Tensor]
-    e: Tensor | None
+    layers: Mapping[int, _Pages]
+    e: _Pages | None
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.layers.values(), *([] if self.e is None else [self.e])]
-        return sum(tensor.nbytes for tensor in tensors)
+        pages = [*self.layers.values(), *([] if self.e is None else [self.e])]
+        return sum(one.copy.nbytes for one in pages)
 
 
 class Saver:
@@ -87,22 +98,27 @@ class Saver:
         layers: Mapping[int, PagedLayer],
         e: EPages | None,
         *,
-        block_size: int,
         backlog: int,
     ) -> None:
         self._connector, self._layers, self._e = connector, layers, e
-        self._block_size, self._backlog = block_size, backlog
+        self._backlog = backlog
         self._lock = threading.Lock()
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "droidspeak-vllm-save")
 
-    def loading(self, block_ids: Tensor) -> None:
-        """K and V are about to be loaded into blocks. E is not: chunks over them are not saved with E."""
+    def loading(self, loading: Loading) -> None:
+        """K and V are about to be loaded. E is not: chunks over these tokens are not saved with E."""
         if self._e is not None:
-            self._e.clear(block_ids)
+            self._e.clear(loading.blocks(self._e.table))
 
     def keep(self, order: SaveOrder) -> None:
-        """Copies the pages of `order`; everything else happens later."""
+        """Copies the pages of `order`; everything else happens later.
+
+        Chunks with tokens that a layer has let go already, behind its window, are not saved.
+        """
+        order = self._still_there(order)
+        if not order.chunks:
+            return
         copied = self._copy(order)
         with self._lock:
             if self._waiting and self._waiting + copied.nbytes > self._backlog:
@@ -111,22 +127,49 @@ class Saver:
             self._waiting += copied.nbytes
         self._thread.submit(self._save, copied)
 
+    @property
+    def waiting(self) -> TierQueue:
+        """Bytes of pages that wait, and of the chunks that were made of them."""
+        return TierQueue(
+            self._waiting + self._connector.saving,
+            self._backlog + self._connector.options.save_backlog,
+        )
+
     def close(self) -> None:
         """Waits for what is being saved."""
         self._thread.shutdown(wait=True)
 
-    def _copy(self, order: SaveOrder) -> _Copied:
+    def _still_there(self, order: SaveOrder) -> SaveOrder:
         size = self._connector.options.chunk_size
-        first = order.chunks.start * size // self._block_size
-        last = -(-order.chunks.stop * size // self._block_size)
-        device = next(iter(self._layers.values())).device
-        blocks = torch.tensor(order.block_ids[first:last], dtype=torch.int64, device=device)
-        return _Copied(
-            order,
-            first * self._block_size,
-            {layer: pages.snapshot(blocks).cpu() for layer, pages in self._layers.items()},
-            None if self._e is None else self._e.snapshot(blocks).cpu(),
+        end = order.chunks.stop * size
+        tables = {layer.table for layer in self._layers.values()}
+        live = max(
+            live_from(order.tables[table.index][: -(-end // table.block_size)], table.block_size)
+            for table in tables
         )
+        first = max(order.chunks.start, -(-live // size))
+        return replace(order, chunks=range(first, order.chunks.stop))
+
+    def _copy(self, order: SaveOrder) -> _Copied:
+        blocks = {layer.table: self._blocks(order, layer.table) for layer in self._layers.values()}
+        layers = {
+            number: _Pages(layer.snapshot(ids).cpu(), start)
+            for number, layer in self._layers.items()
+            for ids, start in [blocks[layer.table]]
+        }
+        if self._e is None:
+            return _Copied(order, layers, None)
+        ids, start = self._blocks(order, self._e.table)
+        return _Copied(order, layers, _Pages(self._e.snapshot(ids).cpu(), start))
+
+    def _blocks(self, order: SaveOrder, table: BlockTable) -> tuple[Tensor, int]:
+        """Blocks of a table that hold the chunks of `order`, and the token that they begin with."""
+        size = self._connector.options.chunk_size
+        first = order.chunks.start * size // table.block_size
+        last = -(-order.chunks.stop * size // table.block_size)
+        device = next(iter(self._layers.values())).device
+        ids = torch.tensor(order.tables[table.index][first:last], dtype=torch.int64, device=device)
+        return ids, first * table.block_size
 
     def _save(self, copied: _Copied) -> None:
         try:
@@ -142,17 +185,22 @@ class Saver:
         given: Collection[int] = () if self._e is None else self._e.layers
         tokens = order.token_ids[: order.chunks.stop * size]
         session = self._connector.save(tokens, order.source, salt=order.salt, e_layers=given)
-        for layer, snapshot in copied.layers.items() if session.wanted else ():
-            k, v = self._layers[layer].rows(snapshot)
-            e = None
-            if layer in session.e_layers and self._e is not None and copied.e is not None:
-                e = self._e.rows(copied.e, layer)
+        for layer, pages in copied.layers.items() if session.wanted else ():
+            k, v = self._layers[layer].rows(pages.copy)
+            e = self._captured(copied, layer) if layer in session.e_layers else None
             for begin in (chunk * size for chunk in order.chunks):
-                cut = slice(begin - copied.start, begin - copied.start + size)
-                session.put(layer, k[cut], v[cut], _written(e, cut), start=begin)
+                rows = pages.rows(begin, size)
+                session.put(layer, k[rows], v[rows], e(begin, size) if e else None, start=begin)
         session.finish()
 
+    def _captured(self, copied: _Copied, layer: int) -> Callable[[int, int], Tensor | None] | None:
+        """E of a layer: of so many tokens from one on, if a forward has written all of them."""
+        if self._e is None or copied.e is None:
+            return None
+        pages, rows = copied.e, self._e.rows(copied.e.copy, layer)
 
-def _written(e: Tensor | None, rows: slice) -> Tensor | None:
-    """These rows of E, if a forward has written all of them."""
-    return None if e is None or bool(e[rows].isnan().any()) else e[rows]
+        def written(begin: int, size: int) -> Tensor | None:
+            e = rows[pages.rows(begin, size)]
+            return None if bool(e.isnan().any()) else e
+
+        return written

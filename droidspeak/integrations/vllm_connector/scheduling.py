@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable
+from itertools import takewhile
 from typing import Any
 
 from droidspeak.connector import Connector, Match, Outcome, Reason
 from droidspeak.integrations.vllm_connector.identity import Identities
 from droidspeak.integrations.vllm_connector.messages import LoadOrder, Reports, SaveOrder, StepOrders
 from droidspeak.integrations.vllm_connector.requests import PARAMETERS, RequestOptions, RequestState
+from droidspeak.integrations.vllm_connector.tables import Tables
 from droidspeak.layerselect import Requirement
 
 __all__ = ["SchedulerHalf"]
@@ -35,6 +37,8 @@ class SchedulerHalf:
         saves, loads: which of both this engine does.
         captured: layers whose E it captures.
         background: load between steps; requests wait, and the others go on.
+        by_blocks: vLLM can compute blocks anew whose load has failed; else only a whole request, and only
+            after a load between steps.
         mixes_adapters: requests without an adapter cannot be trusted in a batch with others (vLLM's CPU
             kernels read another request's adapter for them).
     """
@@ -44,18 +48,19 @@ class SchedulerHalf:
         connector: Connector,
         identities: Identities,
         *,
-        block_size: int,
         requirement: Requirement,
         salt: str,
         saves: bool,
         loads: bool,
         captured: Collection[int],
         background: bool,
+        by_blocks: bool,
         mixes_adapters: bool,
     ) -> None:
         self._connector, self._identities = connector, identities
-        self._block_size, self._requirement, self._salt = block_size, requirement, salt
-        self._saves, self._loads, self._background = saves, loads, background
+        self._requirement, self._salt = requirement, salt
+        self._saves, self._loads, self._by_blocks = saves, loads, by_blocks
+        self._background = background or not by_blocks
         self._captured = frozenset(captured)
         self._mixes_adapters = mixes_adapters
         self._requests: dict[str, RequestState] = {}
@@ -87,6 +92,9 @@ class SchedulerHalf:
             options = RequestOptions.of(request.kv_transfer_params)
             if request.skip_reading_prefix_cache:
                 # It wants logits of the whole prompt: vLLM loads nothing for it, whatever is promised.
+                options = options.model_copy(update={"load": False})
+            if request.lora_request is not None and not self._by_blocks:
+                # It could load within a step only, and a load that fails could not be made good.
                 options = options.model_copy(update={"load": False})
             self._requests[request.request_id] = RequestState(
                 options,
@@ -128,8 +136,8 @@ class SchedulerHalf:
         request.update_block_hashes()
         state.approximate = True
 
-    def allocated(self, request: Any, block_ids: list[int], promised: int) -> None:
-        """The blocks of a request; `promised` tokens of them are to be loaded."""
+    def allocated(self, request: Any, tables: Tables, promised: int) -> None:
+        """The blocks of a request; `promised` tokens are to be loaded into them."""
         state = self._requests.get(request.request_id)
         if state is None:
             return
@@ -143,7 +151,7 @@ class SchedulerHalf:
                 request.request_id,
                 match,
                 match.tokens - promised,
-                tuple(block_ids[: -(-match.tokens // self._block_size)]),
+                tables,
                 state.tokens[: match.tokens],
                 self._loads_between(request),
                 request.lora_request.lora_int_id if request.lora_request else 0,
@@ -167,33 +175,33 @@ class SchedulerHalf:
                 state.doubtful |= not state.adapter
 
     def _saves_of(self, step: Any) -> Iterable[SaveOrder]:
-        for new in step.scheduled_new_reqs:
-            if (state := self._requests.get(new.req_id)) is not None:
-                state.block_ids = list(new.block_ids[0])
-                yield from self._save(new.req_id, state, new.num_computed_tokens, step)
+        computed = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         cached = step.scheduled_cached_reqs
-        for place, request_id in enumerate(cached.req_ids):
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, known in computed.items():
             if (state := self._requests.get(request_id)) is not None:
-                added = cached.new_block_ids[place]
-                if request_id in cached.resumed_req_ids:
-                    state.block_ids = []
-                state.block_ids += added[0] if added else []
-                yield from self._save(request_id, state, cached.num_computed_tokens[place], step)
+                yield from self._save(request_id, state, known, step.num_scheduled_tokens[request_id])
 
-    def _save(self, request_id: str, state: RequestState, computed: int, step: Any) -> Iterable[SaveOrder]:
-        size = self._connector.options.chunk_size
-        whole = min(computed + step.num_scheduled_tokens[request_id], len(state.tokens)) // size
+    def _save(self, request_id: str, state: RequestState, known: int, more: int) -> Iterable[SaveOrder]:
+        """Orders what is whole with `more` tokens after those that were `known` before the step."""
+        whole = min(known + more, len(state.tokens)) // self._connector.options.chunk_size
         if not self._may_save(state) or whole <= state.saved or state.source is None:
             return
-        blocks = -(-whole * size // self._block_size)
-        chunks, state.saved = range(state.saved, whole), whole
-        yield SaveOrder(
-            request_id,
-            state.source,
-            state.salt,
-            state.tokens,
-            chunks,
-            tuple(state.block_ids[:blocks]),
+        chunks, state.saved = range(max(state.saved, self._stored(state, known)), whole), whole
+        if chunks:
+            # vLLM's own word: of layers with a window it has let blocks go that the request once had.
+            tables = tuple(map(tuple, self.cache_manager.get_block_ids(request_id)))
+            yield SaveOrder(request_id, state.source, state.salt, state.tokens, chunks, tables)
+
+    def _stored(self, state: RequestState, known: int) -> int:
+        """Leading chunks that are loaded or were saved before: they need not be copied to find that out."""
+        if state.match is not None:
+            mine = str(self._connector.shard)  # what engines of another degree have saved is saved once more
+            return sum(1 for _ in takewhile(lambda info: info.key.shard == mine, state.match.exact))
+        if state.saved or state.source is None or known < self._connector.options.chunk_size:
+            return 0
+        return self._connector.saved(
+            state.tokens[:known], state.source, salt=state.salt, e_layers=self._captured
         )
 
     @staticmethod
@@ -219,8 +227,8 @@ class SchedulerHalf:
     def count_ended(self) -> None:
         """Counts the requests that ended before it was known what their loads brought."""
         ended, self._unreported = self._unreported, {}
-        for state in ended.values():
-            self._connector.record(state.outcome, state.match)
+        for request_id, state in ended.items():
+            self._connector.record(state.outcome, state.match, request=request_id)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Says what became of the request. It is counted when its load has been reported, too."""
@@ -231,7 +239,7 @@ class SchedulerHalf:
         if state.ordered and state.report is None:
             self._unreported[request.request_id] = state
         else:
-            self._connector.record(state.outcome, state.match)
+            self._connector.record(state.outcome, state.match, request=request.request_id)
         return {PARAMETERS: _told(state.outcome)}
 
 

@@ -5,7 +5,8 @@ other layer is awaited just before the forward comes to it. Between steps (`asyn
 step, so that other requests' decoding is held up for one piece at most.
 
 A load that fails leaves blocks that may hold anything. They are reported in the same step, vLLM computes them
-anew, and what this step made of them is thrown away.
+anew, and what this step made of them is thrown away. An engine of several tables, or with windows, computes
+all of the request anew, and can do that between steps only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from droidspeak.integrations.vllm_connector.messages import LoadOrder, LoadRepor
 from droidspeak.integrations.vllm_connector.paging import PagedLayer
 from droidspeak.integrations.vllm_connector.recompute import PartialPrefill
 from droidspeak.integrations.vllm_connector.saving import EPages, Saver, captured_layers
+from droidspeak.integrations.vllm_connector.tables import BlockTable, keeps_all, tables_by_layer
 from droidspeak.layerselect.mapping import MapCache
+from droidspeak.storage.tier import TierQueue
 
 __all__ = ["WorkerHalf"]
 
@@ -44,9 +47,16 @@ class WorkerHalf:
             recompute together or not at all.
     """
 
-    def __init__(self, vllm_config: Any, connector: Connector, agree: Callable[[bool], bool]) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        kv_cache_config: Any,
+        connector: Connector,
+        agree: Callable[[bool], bool],
+    ) -> None:
         self._config, self._connector, self._agree = vllm_config, connector, agree
-        self._block_size = vllm_config.cache_config.block_size
+        self._tables = tables_by_layer(kv_cache_config)
+        self._by_blocks = keeps_all(kv_cache_config)
         self._layers: dict[int, PagedLayer] = {}
         self._prefill: PartialPrefill | None = None
         self._maps = MapCache()
@@ -56,41 +66,30 @@ class WorkerHalf:
         self._reports = Reports()
         self._broken: set[int] = set()
         self._received: set[str] = set()
+        self._lost: set[str] = set()  # of those received, where vLLM must start anew
         self._failed: set[str] = set()  # requests whose load within this step has failed
         self._nested = False
 
     def register(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Takes the paged caches, by vLLM's names of layers."""
         modules = self._config.compilation_config.static_forward_context
-        names = _names_by_layer(self._config, caches)
+        names = _names_by_layer(self._config, caches.keys() & self._tables.keys())
         attention = {layer: (name, modules[name]) for layer, name in sorted(names.items())}
-        order = self._measure(attention, caches)
-        self._layers = {
-            layer: PagedLayer(module, caches[name], order) for layer, (name, module) in attention.items()
+        bare = {
+            layer: PagedLayer(module, caches[name], self._tables[name])
+            for layer, (name, module) in attention.items()
         }
+        measured = _measured(bare)
+        self._layers = measured or bare
         self._maps = MapCache(next(iter(self._layers.values())).device)
-        if order is not None:
-            pages = _e_pages(self._config, caches)
+        if measured is not None:
+            pages = _e_pages(self._config, caches, self._tables)
             self._saver = Saver(
-                self._connector,
-                self._layers,
-                pages,
-                block_size=self._block_size,
-                backlog=self._connector.options.save_backlog,
+                self._connector, measured, pages, backlog=self._connector.options.save_backlog
             )
         if (model := model_of(self._config)) is not None:
             budget = self._config.scheduler_config.max_num_batched_tokens
             self._prefill = PartialPrefill(self._config, model, attention, budget=budget)
-
-    def _measure(
-        self, attention: Mapping[int, tuple[str, Any]], caches: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor | None:
-        name, module = next(iter(attention.values()))
-        try:
-            return PagedLayer.measure(module, caches[name], self._block_size)
-        except Incompatible as error:
-            _log.warning("%s", error)
-            return None
 
     # Before and within the forward
 
@@ -104,7 +103,7 @@ class WorkerHalf:
                 self._now.append(loading)
                 with self._failing(loading):
                     self._map(loading)
-                    self._together(loading.await_recompute)
+                    self._prepare(loading)
                     self._recompute(loading)
         self._advance()
 
@@ -118,12 +117,11 @@ class WorkerHalf:
             order,
             self._connector.load(order.match, wanted, shard=shard),
             self._layers,
-            block_size=self._block_size,
             device=device,
             heads=heads,
         )
         if self._saver is not None:
-            self._saver.loading(loading.blocks)
+            self._saver.loading(loading)
         return loading
 
     def _heads_for(self, order: LoadOrder) -> tuple[Shard, slice]:
@@ -141,6 +139,11 @@ class WorkerHalf:
         if loading.needs_maps and policy is not None:
             maps = self._together(lambda: (self._maps.get(policy), self._ready_prefill().rotary)[0])
             loading.map_by(maps, self._ready_prefill())
+
+    def _prepare(self, loading: Loading) -> None:
+        """Waits for what is recomputed from, on all ranks or on none."""
+        if loading.recomputes:
+            self._together(lambda: loading.await_recompute(self._ready_prefill().budget))
 
     def _recompute(self, loading: Loading) -> None:
         if loading.recomputes:
@@ -187,8 +190,7 @@ class WorkerHalf:
             return
         with self._failing(loading):
             self._map(loading)
-            if loading.recomputes:
-                self._together(loading.await_recompute)
+            self._prepare(loading)
             if not self._together(lambda: self._piece(loading)):
                 self._end(loading)
 
@@ -227,6 +229,11 @@ class WorkerHalf:
         received, self._received = self._received, set()
         return received
 
+    def lost(self) -> set[str]:
+        """Of those that `finished` has told, the ones that must start anew."""
+        lost, self._lost = self._lost, set()
+        return lost
+
     def broken_blocks(self) -> set[int]:
         """Blocks of loads that have failed since the last call."""
         broken, self._broken = self._broken, set()
@@ -238,6 +245,11 @@ class WorkerHalf:
         self._end_delivered()
         reports, self._reports = self._reports, Reports()
         return reports if reports.loads else None
+
+    @property
+    def saving(self) -> TierQueue | None:
+        """What waits to be saved; `None` if this worker cannot save."""
+        return self._saver.waiting if self._saver is not None else None
 
     def close(self) -> None:
         """Ends all loads, and waits for what is being saved."""
@@ -252,7 +264,11 @@ class WorkerHalf:
             yield
         except (LoadFailed, MapsUnusable) as error:
             _log.warning("request %s is prefilled: %s", loading.order.request_id, error)
-            self._broken.update(loading.blocks.tolist())
+            if self._by_blocks:
+                (table,) = {layer.table for layer in self._layers.values()}
+                self._broken.update(loading.blocks(table).tolist())
+            else:
+                self._lost.add(loading.order.request_id)
             self._end(loading, _reason(error))
 
     def _end(self, loading: Loading, failure: Reason | None = None) -> None:
@@ -275,8 +291,8 @@ def _reason(error: LoadFailed | MapsUnusable) -> Reason:
 _E_LAYER = "cache_only_layers"
 
 
-def _names_by_layer(vllm_config: Any, caches: Mapping[str, torch.Tensor]) -> dict[int, str]:
-    """The names of the model's own layers, by number.
+def _names_by_layer(vllm_config: Any, cached: Collection[str]) -> dict[int, str]:
+    """The names of the model's own layers, by number, as far as they are `cached`.
 
     A draft model's come after them, with the same numbers or with ones beyond.
     """
@@ -285,13 +301,25 @@ def _names_by_layer(vllm_config: Any, caches: Mapping[str, torch.Tensor]) -> dic
     count = vllm_config.model_config.get_total_num_hidden_layers()
     names: dict[int, str] = {}
     for name in vllm_config.compilation_config.static_forward_context:
-        if name in caches and not name.startswith(_E_LAYER):
+        if name in cached and not name.startswith(_E_LAYER):
             names.setdefault(extract_layer_index(name), name)
     return {layer: name for layer, name in names.items() if layer < count}
 
 
-def _e_pages(vllm_config: Any, caches: Mapping[str, torch.Tensor]) -> EPages | None:
+def _measured(bare: Mapping[int, PagedLayer]) -> dict[int, PagedLayer] | None:
+    """The layers, each with the order of its kind; `None` if that cannot be found out."""
+    try:
+        orders = {layer.kind: layer.measure() for layer in {one.kind: one for one in bare.values()}.values()}
+    except Incompatible as error:
+        _log.warning("%s", error)
+        return None
+    return {number: layer.ordered(orders[layer.kind]) for number, layer in bare.items()}
+
+
+def _e_pages(
+    vllm_config: Any, caches: Mapping[str, torch.Tensor], tables: Mapping[str, BlockTable]
+) -> EPages | None:
     """The pages that `extract_hidden_states` fills, and the layers whose input they hold."""
-    pages = next((cache for name, cache in caches.items() if name.startswith(_E_LAYER)), None)
+    name = next((name for name in caches if name.startswith(_E_LAYER)), None)
     layers = captured_layers(vllm_config)
-    return EPages(pages, layers) if layers and pages is not None else None
+    return EPages(caches[name], layers, tables[name]) if layers and name is not None else None
