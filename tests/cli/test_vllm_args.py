@@ -75,7 +75,7 @@ def flags(*arguments):
 )
 def test_roles(role, kv_role):
     given = flags("--role", role)
-    assert set(given) == {"--kv-transfer-config"}
+    assert set(given) == {"--kv-transfer-config", "--middleware"}
     assert json.loads(given["--kv-transfer-config"]) == {
         "kv_connector": "DroidSpeakConnector",
         "kv_connector_module_path": "droidspeak.integrations.vllm_connector",

@@ -369,6 +369,41 @@ def test_of_streams_only_that_of_a_response_tells_it(world, pair, mixed, form):
         assert re.findall(r" (w[0-9]+)", answer) == mixed.split()
 
 
+def item(outcome: dict[str, Any]) -> str:
+    """As the header has it."""
+    tokens = f"exact_tokens={outcome['exact_tokens']};shared_tokens={outcome['shared_tokens']}"
+    named = "".join(f';{name}="{outcome[name]}"' for name in ("plan", "source") if outcome[name])
+    return f"{outcome['status']};reason={outcome['reason']};{tokens}{named}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_head_of_every_answer_tells_it(world, pair, mixed, form, stream):
+    answers = [
+        post(pair, form, {**asks(form, SENT), "stream": stream}),
+        post(pair, form, {**asks(form, ALSO_SENT), "stream": stream}, share=False),
+    ]
+    heads = [answer.headers.get("X-DroidSpeak", "") for answer in answers]
+    if form == "responses" and stream:
+        assert heads == ["", ""]  # it begins before the engine does, and tells it in its last event
+    else:
+        assert heads[0] == item(world.shared)
+        assert heads[1].startswith("fallback_reprefill;reason=opted_out;")
+
+
+def test_the_head_tells_what_the_answer_does_not(world, pair, mixed):
+    shared = item(world.shared)
+    stopped = post(pair, "completions", {**asks("completions", SENT), "stop": [mixed.split()[1]]})
+    assert stopped.headers["X-DroidSpeak"] == shared
+    chats = {"messages": [asks("chat/completions", SENT)["messages"]] * 2}
+    assert post(pair, "chat/completions/batch", chats).headers["X-DroidSpeak"] == f"{shared}, {shared}"
+    both = {"prompt": [prompt(SENT), prompt(29)], "request_id": "mine-7"}
+    first, second = post(pair, "completions", both).headers.get_list("X-DroidSpeak", split_commas=True)
+    assert (first, second.split(";")[1]) == (shared, "reason=miss")
+    health = httpx.get(f"{pair.receiver.url}/health", timeout=60)
+    assert "X-DroidSpeak" not in health.headers
+
+
 def test_which_of_several_answers_is_told(world, pair, mixed):
     for form in ("completions", "chat/completions"):
         two = {**asks(form, SENT), "n": 2, "temperature": 1}

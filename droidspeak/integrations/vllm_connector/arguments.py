@@ -4,6 +4,7 @@
 --speculative-config    senders only: capture of E at the layers that policies start a recompute group from
 --dtype                 of the model's files; vLLM serves float32 files in another dtype by itself, and
                         then nothing of theirs fits the policies
+--middleware            what became of a request, in the head of its response
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["EngineArguments", "Role", "engine_arguments"]
 
 CONNECTOR = "DroidSpeakConnector"
 MODULE = "droidspeak.integrations.vllm_connector"
+MIDDLEWARE = f"{MODULE}.headers.OutcomeHeader"
 
 
 class Role(StrEnum):
@@ -94,7 +96,7 @@ class EngineArguments:
             flags += ["--speculative-config", _compact(speculative)]
         if self.dtype is not None:
             flags += ["--dtype", self.dtype]
-        return flags
+        return [*flags, "--middleware", MIDDLEWARE]
 
 
 def engine_arguments(

@@ -21,7 +21,12 @@ from droidspeak.config.opening import open_store_from, release_store, settings_f
 from droidspeak.connector import Connector, ConnectorOptions
 from droidspeak.integrations.vllm_connector.identity import Identities
 from droidspeak.integrations.vllm_connector.messages import Reports, StepOrders
-from droidspeak.integrations.vllm_connector.metrics import ConnectorMetrics, ConnectorStats, logged
+from droidspeak.integrations.vllm_connector.metrics import (
+    ConnectorMetrics,
+    ConnectorStats,
+    logged,
+    outcome_key,
+)
 from droidspeak.integrations.vllm_connector.sampling import EngineSamples, Sampler, StepStats
 from droidspeak.integrations.vllm_connector.saving import captured_layers
 from droidspeak.integrations.vllm_connector.scheduling import SchedulerHalf
@@ -176,7 +181,11 @@ class DroidSpeakConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     # In both
 
     def get_kv_connector_stats(self) -> ConnectorStats | None:
-        return self._stats.next()
+        stats = self._stats.next()
+        if self._scheduler is None or not (outcomes := self._scheduler.outcomes()):
+            return stats
+        told = ConnectorStats(data={outcome_key(name): outcome for name, outcome in outcomes.items()})
+        return told if stats is None else stats.aggregate(told)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats | None:

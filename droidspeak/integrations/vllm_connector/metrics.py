@@ -20,12 +20,21 @@ from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from droidspeak import __version__
+from droidspeak.integrations.vllm_connector.headers import OUTCOMES
 from droidspeak.storage import Counters
 from droidspeak.storage.counters import BOUNDS
 from droidspeak.telemetry.samples import BUCKETS, counted
 from droidspeak.telemetry.table import MetricRow, rows_of
 
-__all__ = ["ConnectorMetrics", "ConnectorStats", "gauge_key", "gauges_of", "increase_key", "logged"]
+__all__ = [
+    "ConnectorMetrics",
+    "ConnectorStats",
+    "gauge_key",
+    "gauges_of",
+    "increase_key",
+    "logged",
+    "outcome_key",
+]
 
 _TOLD: WeakKeyDictionary[Counters, dict[str, int]] = WeakKeyDictionary()
 _UNBOUNDED = ("shared_tokens",)  # labelled by source, which is told as a sum
@@ -36,7 +45,7 @@ _EVENTS_TOO = ("lookup_failures",)
 _ROWS = rows_of("process", "store", "requests")
 _REGISTERED: list[Any] = []
 
-_GAUGE, _INCREASE = "=", "+"
+_GAUGE, _INCREASE, _OUTCOME = "=", "+", "@"
 _BETWEEN = "\x1f"  # what no tier is called
 
 
@@ -50,9 +59,14 @@ def increase_key(name: str, labels: Iterable[str]) -> str:
     return _INCREASE + _BETWEEN.join((name, "", *labels))
 
 
+def outcome_key(request_id: str) -> str:
+    """What `ConnectorStats` call what became of a request, which is told once."""
+    return _OUTCOME + request_id
+
+
 @dataclass
 class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
-    """Increases by `"event|label"` or `increase_key`, values by `gauge_key`."""
+    """Increases by `"event|label"` or `increase_key`, values by `gauge_key`, outcomes by `outcome_key`."""
 
     @classmethod
     def since_last(cls, counters: Counters) -> ConnectorStats | None:
@@ -65,7 +79,7 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
         return cls(data=data) if data else None
 
     def reset(self) -> None:
-        self.data: dict[str, float] = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> ConnectorStats:
         """Both together; of a gauge that one process has told twice, the value that `other` has."""
@@ -103,7 +117,7 @@ def _flat(counters: Counters) -> dict[str, int]:
 
 def _is_event(name: str) -> bool:
     event = name.partition("|")[0]
-    return event in _EVENTS_TOO or not event.startswith((*_OF_THE_TABLE, _GAUGE, _INCREASE))
+    return event in _EVENTS_TOO or not event.startswith((*_OF_THE_TABLE, _GAUGE, _INCREASE, _OUTCOME))
 
 
 class ConnectorMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
@@ -138,6 +152,9 @@ class ConnectorMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         engine = self.per_engine_labelvalues[engine_idx]
         counts: dict[str, dict[str, int]] = defaultdict(dict)
         for name, count in transfer_stats_data.items():
+            if name.startswith(_OUTCOME):
+                OUTCOMES.put(name.removeprefix(_OUTCOME), count)
+                continue
             if name.startswith((_GAUGE, _INCREASE)):
                 self._sampled(engine, name, count)
                 continue

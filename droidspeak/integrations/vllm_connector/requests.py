@@ -80,6 +80,7 @@ class RequestState:
         report: of its load, `None` before it has ended.
         failure: a load failed; the request asks for no other one.
         saved: leading chunks that need no saving any more.
+        told: its outcome has been told to the API server.
     """
 
     options: RequestOptions
@@ -97,6 +98,12 @@ class RequestState:
     failure: Reason | None = None
     report: LoadReport | None = None
     saved: int = 0
+    told: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether the outcome is known: what was to be loaded has come, or has failed."""
+        return self.admitted and not (self.ordered and self.report is None)
 
     @property
     def outcome(self) -> Outcome:

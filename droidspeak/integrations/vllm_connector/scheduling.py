@@ -67,6 +67,8 @@ class SchedulerHalf:
         self._orders: list[LoadOrder] = []
         # Requests that ended in the step that loaded for them: vLLM tells of the load afterwards.
         self._unreported: dict[str, RequestState] = {}
+        # Outcomes of requests that ended before the API server was told of them.
+        self._ended: dict[str, dict[str, Any]] = {}
         self.cache_manager: Any = None
 
     def matched(self, request: Any, computed: int) -> tuple[int, bool]:
@@ -230,6 +232,14 @@ class SchedulerHalf:
         for request_id, state in ended.items():
             self._connector.record(state.outcome, state.match, request=request_id)
 
+    def outcomes(self) -> dict[str, dict[str, Any]]:
+        """Of the requests whose outcome has become known since the last call, by vLLM's names of them."""
+        news = {name: state for name, state in self._requests.items() if state.settled and not state.told}
+        for state in news.values():
+            state.told = True
+        ended, self._ended = self._ended, {}
+        return ended | {name: _told(state.outcome) for name, state in news.items()}
+
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Says what became of the request. It is counted when its load has been reported, too."""
         state = self._requests.pop(request.request_id, None)
@@ -240,6 +250,8 @@ class SchedulerHalf:
             self._unreported[request.request_id] = state
         else:
             self._connector.record(state.outcome, state.match, request=request.request_id)
+        if not state.told:
+            self._ended[request.request_id] = _told(state.outcome)
         return {PARAMETERS: _told(state.outcome)}
 
 
