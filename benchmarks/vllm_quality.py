@@ -1,18 +1,21 @@
 """Quality of shared caches through vLLM, against the transformers door: pairs of the lab, held-out prompts.
 
     .venv-vllm/bin/python -m benchmarks.vllm_quality [SENDER:RECEIVER ...]
+    .venv-vllm/bin/python -m benchmarks.vllm_quality --write
 
-prints the table. `python -m benchmarks.vllm` has it in its report. Each sender prefills all prefixes in a
-vLLM engine of its own, with its name for salt; each receiver answers all questions about them in another
-engine, by plans that were chosen on calibration prompts (`lab/pairs.json`). The transformers door does the
-same on its own store, with its own senders. All that twice: in bfloat16, as the models are shipped, and in
-float32, where rounding decides next to nothing.
+The first prints the section, the second also puts it into the page, in the place of the older one; `python -m
+benchmarks.vllm` has it in its report. Each sender prefills all prefixes in a vLLM engine of its own, with its
+name for salt; each receiver answers all questions about them in another engine, by plans that were chosen on
+calibration prompts (`lab/pairs.json`), with maps that were fitted on calibration prompts. The transformers
+door does the same on its own store, with its own senders, by the same policies and files of maps. All that
+twice: in bfloat16, as the models are shipped, and in float32, where rounding decides next to nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import subprocess
@@ -25,19 +28,27 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.measure import table
+from benchmarks.measure import machine, put_section, table
 from droidspeak.integrations.vllm_connector.arguments import Role, engine_arguments
-from droidspeak.layerselect import FrontierPoint, Group, Plan, Policy, Requirement
+from droidspeak.layerselect import FrontierPoint, Group, MapFile, Plan, Policy, Requirement
 from droidspeak.layerselect.artifact import Side, write_policy
+from droidspeak.layerselect.mapfeatures import MapFeatures
 from droidspeak.layerselect.metrics import Metric, exact_match, f1
+from droidspeak.layerselect.policy import Costs
 from droidspeak.prompts import load_prompts
 from droidspeak.storage import SourceManifest
 
 LAB = Path(__file__).parents[1] / "lab"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "vllm.md"
+TITLE = "## Quality on the lab's pairs"
 LAYERS, SIZES, CHUNK, NEW = 12, (1, 2, 3), 16, 16
+MAPPED = 2  # layers of the group that plans with maps recompute: one that starts from the sender's E
+FEATURES = MapFeatures.EMBEDDING
 PAIRS = ("coder:base", "analyst:base", "base:coder", "analyst:inverse", "inverse:mixed", "mixed:analyst")
 DTYPES = ("bfloat16", "float32")
 TARGET = 0.005
+# Not measured: they put the plans into an order, in which mapping a layer takes less than recomputing one.
+COSTS = Costs(per_token=1.0, per_mapped_token=1 / 32)
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -85,8 +96,8 @@ class Question:
 
 
 @cache
-def questions(receiver: str) -> tuple[Question, ...]:
-    """The receiver's held-out prompts."""
+def questions(receiver: str, *, calibration: bool = False) -> tuple[Question, ...]:
+    """The receiver's prompts: those that are held out, or those for calibration."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(LAB / "models" / receiver)
@@ -94,27 +105,36 @@ def questions(receiver: str) -> tuple[Question, ...]:
     def ids(text: str | tuple[int, ...]) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
-    prompts = load_prompts(LAB / "prompts" / f"{receiver}.jsonl")
+    prompts = load_prompts(LAB / "prompts" / f"{receiver}{'.calibration' if calibration else ''}.jsonl")
     return tuple(Question(ids(row.prefix), ids(row.question), ids(row.answer)) for row in prompts)
 
 
-def prefixes(receiver: str) -> list[list[int]]:
+def prefixes(receiver: str, *, calibration: bool = False) -> list[list[int]]:
     """Each prefix of the receiver's prompts once."""
-    return [list(prefix) for prefix in dict.fromkeys(question.prefix for question in questions(receiver))]
+    asked = questions(receiver, calibration=calibration)
+    return [list(prefix) for prefix in dict.fromkeys(question.prefix for question in asked)]
 
 
 @cache
 def plans(sender: str, receiver: str) -> tuple[Plan, ...]:
-    """Full reuse, and the group of each of `SIZES` that diverged least on calibration prompts."""
+    """Full reuse, and the group of each of `SIZES` that diverged least on calibration prompts, and maps.
+
+    Full reuse with K and V mapped, and the group of `MAPPED` layers from a mapped E: with K and V of the
+    other layers as they are, mapped before the group, and mapped everywhere. In the order of their work.
+    """
     pairs = json.loads((LAB / "pairs.json").read_text())
     (pair,) = (pair for pair in pairs if (pair["sender"], pair["receiver"]) == (sender, receiver))
     chosen = {row["end"] - row["start"] + 1: Group(row["start"], row["end"]) for row in pair["chosen"]}
-    groups = [(), *((chosen[size],) for size in SIZES)]
-    return tuple(Plan.recompute(LAYERS, group) for group in groups)
+    plain = [Plan.recompute(LAYERS, group) for group in ((), *((chosen[size],) for size in SIZES))]
+    group = chosen[MAPPED]
+    mapped = [Plan.recompute(LAYERS, (), mapped=range(LAYERS))]
+    for layers in ((), range(group.start), range(LAYERS)):
+        mapped.append(Plan.recompute(LAYERS, [group], map_e=True, mapped=layers))
+    return tuple(sorted({*plain, *mapped}, key=lambda plan: (plan.recomputed, plan.maps)))
 
 
 def floors(sender: str, receiver: str) -> dict[str, float]:
-    """The quality floor that makes a request get each plan."""
+    """The quality floor that makes a request get each plan: by `COSTS` those after it take longer."""
     found = plans(sender, receiver)
     return {str(plan): (place + 1) / len(found) for place, plan in enumerate(found)}
 
@@ -134,15 +154,32 @@ def save_models(root: Path, names: Iterable[str], dtype: str) -> None:
 
 
 def prepare(root: Path, pairs: Sequence[tuple[str, str]], dtype: str) -> None:
-    """The models, and a policy for each pair."""
+    """The models, and a policy with maps for each pair."""
     save_models(root, {name for pair in pairs for name in pair}, dtype)
+    (root / "policies").mkdir()
     for sender, receiver in pairs:
         sides = [Side.of(name, SourceManifest.from_folder(root / name)) for name in (sender, receiver)]
+        ids = sides[0].source_id, sides[1].source_id
         levels = floors(sender, receiver).values()
         points = tuple(FrontierPoint(*point) for point in zip(plans(sender, receiver), levels, strict=True))
-        policy = Policy(sides[0].source_id, sides[1].source_id, points)
-        (root / "policies").mkdir(exist_ok=True)
+        policy = Policy(*ids, points, costs=COSTS, maps=fit(root, sender, receiver, ids))
         write_policy(root / "policies" / f"{sender}-{receiver}.json", policy, *sides)
+
+
+def fit(root: Path, sender: str, receiver: str, ids: tuple[str, str]) -> MapFile:
+    """Maps of all that the plans map, fitted on the prefixes of the receiver's calibration prompts."""
+    import torch
+
+    from droidspeak.integrations.transformers.decoder import Decoder
+    from droidspeak.integrations.transformers.fitting import fit_maps
+    from droidspeak.integrations.transformers.loading import load_model
+
+    torch.set_num_threads(1)
+    sending, receiving = (Decoder(load_model(root / name)) for name in (sender, receiver))
+    prompts = [torch.tensor(prefix) for prefix in prefixes(receiver, calibration=True)]
+    starts = {layer for plan in plans(sender, receiver) if plan.map_e for layer in plan.transition_layers}
+    fitted = fit_maps(sending, receiving, prompts, [FEATURES], e_layers=sorted(starts), pair=ids)
+    return fitted[FEATURES].save(root / "policies" / f"{sender}-{receiver}.safetensors")
 
 
 # --- through vLLM ---
@@ -320,6 +357,11 @@ class Score:
         return max(abs(one - other) for one, other in (self.exact, self.f1))
 
     @property
+    def mapped(self) -> bool:
+        """Whether the method maps."""
+        return "map" in self.method
+
+    @property
     def figures(self) -> list[str]:
         return [f"{figure:.3f}" for figure in (*self.exact, *self.f1, self.same)]
 
@@ -364,19 +406,25 @@ def measure(pairs: Sequence[tuple[str, str]], dtype: str) -> list[Score]:
         ]
 
 
-def verdict(dtype: str, found: Sequence[Score], prompts: int) -> str:
+def verdict(title: str, found: Sequence[Score], prompts: int) -> str:
     """How far apart both doors are."""
     near = sum(score.apart <= TARGET for score in found)
     worst = max(found, key=lambda score: score.apart)
     over_all = [100 * fmean(one - other for one, other in (score.exact for score in found))]
     over_all.append(100 * fmean(one - other for one, other in (score.f1 for score in found)))
     return (
-        f"{dtype}: within {100 * TARGET} points in both measures {near} of {len(found)}; largest "
+        f"{title}: within {100 * TARGET} points in both measures {near} of {len(found)}; largest "
         f"difference {100 * worst.apart:.1f} points ({worst.pair}, {worst.method}), that is "
         f"{worst.apart * prompts:.0f} of {prompts} prompts; over all rows {over_all[0]:+.2f} points of exact "
         f"match and {over_all[1]:+.2f} of F1; "
         f"{100 * (1 - fmean(score.same for score in found)):.1f} % of the answers differ at all."
     )
+
+
+def verdicts_of(dtype: str, found: Sequence[Score], prompts: int) -> list[str]:
+    """Over all rows, and over those with maps."""
+    mapped = [score for score in found if score.mapped]
+    return [verdict(dtype, found, prompts), verdict(f"{dtype}, plans with maps", mapped, prompts)]
 
 
 def section(pairs: Sequence[str] = PAIRS) -> str:
@@ -391,14 +439,20 @@ def section(pairs: Sequence[str] = PAIRS) -> str:
         for first, second in zip(*found.values(), strict=True)
     ]
     count = len(questions(named[0][1]))
-    verdicts = "\n".join(f"- {verdict(dtype, scored, count)}" for dtype, scored in found.items())
-    return f"""## Quality on the lab's pairs
+    verdicts = "\n".join(f"- {told}" for dtype, of in found.items() for told in verdicts_of(dtype, of, count))
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    return f"""{TITLE}
+
+Measured on {today}: {machine()}.
 
 {count} held-out prompts of each receiver, chunks of {CHUNK}; sender and receiver through vLLM against sender
 and receiver through the transformers door. The groups of 1 to {SIZES[-1]} layers are those that diverged
-least on calibration prompts. One prompt is {100 / count:.1f} points of exact match: within {100 * TARGET}
-points means the same number of right answers. In bfloat16 both engines round differently, and a prompt whose
-two best tokens are as good as equal may fall either way; float32 tells that from a fault.
+least on calibration prompts. `+emap` maps the E that a group starts from, `+kvmap` K and V of the layers that
+are loaded, or of those that it names ([policies](../policy.md)). The maps (features: {FEATURES}) were fitted
+on the prefixes of the calibration prompts in the same dtype, once for both doors. One prompt is
+{100 / count:.1f} points of exact match: within {100 * TARGET} points means the same number of right answers.
+In bfloat16 both engines round differently, and a prompt whose two best tokens are as good as equal may fall
+either way; float32 tells that from a fault.
 
 {table(columns, rows)}
 
@@ -409,6 +463,7 @@ two best tokens are as good as equal may fall either way; float32 tells that fro
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quality through vLLM against the transformers door.")
     parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="SENDER:RECEIVER")
+    parser.add_argument("--write", action="store_true", help="put the section into docs/benchmarks/vllm.md")
     parser.add_argument("--stage", choices=["send", "receive"], help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -416,7 +471,10 @@ def main() -> None:
         job = json.loads(options.job)
         run_stage(options.stage, Job(job["folder"], job["model"], tuple(job["others"])))
         return
-    print(section(options.pairs))
+    text = section(options.pairs)
+    print(text)
+    if options.write:
+        put_section(PAGE, "# vLLM", TITLE, text)
 
 
 if __name__ == "__main__":
