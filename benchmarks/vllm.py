@@ -272,9 +272,8 @@ hidden is the lesser of their transfer and the engine's work.
 
 ## Against LMCache
 
-Not measured: LMCache 0.5.6 installs beside vLLM 0.32.0 and starts, but its in-process connector cannot move
-KV of an engine on the CPU ("No supported cpu connector found") and goes on without a cache. The reuse of a
-model's own cache above has no peer here.
+The reuse of a model's own cache, within a process and after a restart, against LMCache's in-process
+connector: [vllm_lmcache.md](vllm_lmcache.md), made by `make bench-vllm-lmcache`.
 """
 
 
