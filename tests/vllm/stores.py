@@ -93,7 +93,7 @@ class Wire:
                 continue
             try:
                 far = socket.create_connection(("127.0.0.1", self._target))
-            except ConnectionRefusedError:
+            except OSError:  # nobody listens, or whoever did was killed meanwhile
                 near.close()
                 continue
             with self._lock:
