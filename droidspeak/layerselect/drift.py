@@ -23,9 +23,12 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from droidspeak.errors import ConfigError
-from droidspeak.layerselect.policy import Policy
+
+if TYPE_CHECKING:
+    from droidspeak.layerselect.policy import Policy
 
 __all__ = ["DriftGuard", "DriftOptions", "DriftState"]
 
