@@ -75,9 +75,8 @@ def floor(count: int) -> float:
     return (COUNTS.index(count) + 1) / len(COUNTS)
 
 
-def prepare(task: Task) -> None:
-    """Two models of random weights, and a policy with one plan per count."""
-    import torch
+def random_model() -> Any:
+    """The model of these benchmarks, with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -90,11 +89,17 @@ def prepare(task: Task) -> None:
         head_dim=HEAD_DIM,
         max_position_embeddings=8192,
     )
+    return LlamaForCausalLM(config)
+
+
+def prepare(task: Task) -> None:
+    """Two models of random weights, and a policy with one plan per count."""
+    import torch
+
     sides = []
     for seed, name in enumerate(("sender", "receiver")):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(getattr(torch, task.dtype))
-        model.save_pretrained(task.root / name)
+        random_model().to(getattr(torch, task.dtype)).save_pretrained(task.root / name)
         sides.append(Side.of(name, SourceManifest.from_folder(task.root / name)))
     points = tuple(FrontierPoint(plan(count), floor(count)) for count in COUNTS)
     (task.root / "policies").mkdir()

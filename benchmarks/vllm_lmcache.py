@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.measure import Series, machine, table
-from benchmarks.vllm import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, SUFFIX, VOCABULARY
+from benchmarks.vllm import HEADS, HIDDEN, KV_HEADS, LAYERS, SUFFIX, VOCABULARY, random_model
 from benchmarks.vllm_quality import ENVIRONMENT
 from droidspeak.integrations.vllm_connector.arguments import Role, engine_arguments
 from droidspeak.storage import SourceManifest
@@ -87,20 +87,9 @@ class Task:
 def prepare(task: Task) -> None:
     """The model, of random weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=1408,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=8192,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(task.model)
+    random_model().to(torch.bfloat16).save_pretrained(task.model)
 
 
 # --- in an engine's process ---

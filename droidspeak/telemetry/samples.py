@@ -22,6 +22,9 @@ __all__ = [
     "counted",
     "cumulative",
     "drift_samples",
+    "event_samples",
+    "evicted_samples",
+    "queue_samples",
 ]
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -106,6 +109,28 @@ def drift_samples(states: Iterable[DriftState]) -> Iterator[Sample]:
             yield "drift_kl_nats", pair, state.kl
 
 
+def queue_samples(tenant: str, store: TieredStore) -> Iterator[Sample]:
+    """What waits in a store."""
+    for name, queue in store.queues().items():
+        yield "write_queue_bytes", (tenant, name), queue.nbytes
+        yield "write_queue_capacity_bytes", (tenant, name), queue.capacity
+    yield "promote_queue_bytes", (tenant,), store.promoting
+
+
+def event_samples(tenant: str, store: TieredStore) -> Iterator[Sample]:
+    """What a store has counted."""
+    for event, by_tier in store.counters.snapshot().items():
+        for name, count in by_tier.items():
+            yield "store_events", (tenant, name, event), count
+
+
+def evicted_samples(tenant: str, tier: Tier) -> Iterator[Sample]:
+    """What this process has thrown out of a tier."""
+    evicted = tier.evicted()
+    yield "tier_evicted_chunks", (tenant, tier.name), evicted.chunks
+    yield "tier_evicted_bytes", (tenant, tier.name), evicted.nbytes
+
+
 class StoreSamples:
     """Tiers of stores. Remembers what it was dear to ask."""
 
@@ -119,13 +144,8 @@ class StoreSamples:
             return
         for tier in store.tiers:
             yield from self._tier(tenant, tier)
-        for name, queue in store.queues().items():
-            yield "write_queue_bytes", (tenant, name), queue.nbytes
-            yield "write_queue_capacity_bytes", (tenant, name), queue.capacity
-        yield "promote_queue_bytes", (tenant,), store.promoting
-        for event, by_tier in store.counters.snapshot().items():
-            for name, count in by_tier.items():
-                yield "store_events", (tenant, name, event), count
+        yield from queue_samples(tenant, store)
+        yield from event_samples(tenant, store)
 
     def _tier(self, tenant: str, tier: Tier) -> Iterator[Sample]:
         where = (tenant, tier.name)
@@ -136,9 +156,7 @@ class StoreSamples:
             yield "tier_chunks", where, usage.chunks
             if usage.capacity is not None:
                 yield "tier_capacity_bytes", where, usage.capacity
-        evicted = tier.evicted()
-        yield "tier_evicted_chunks", where, evicted.chunks
-        yield "tier_evicted_bytes", where, evicted.nbytes
+        yield from evicted_samples(tenant, tier)
         if isinstance(tier, GuardedTier):
             for side, state in (("reading", tier.reading), ("writing", tier.writing)):
                 yield "tier_skipped", (*where, side), state is not BreakerState.CLOSED

@@ -60,14 +60,14 @@ def test_the_header_of_an_outcome():
     )
 
 
-def answered(scope: dict[str, Any], *, known: bool) -> list[dict[str, Any]]:
-    """Messages of an answer whose outcome comes when the head has been sent already, or never."""
+def answered(scope: dict[str, Any], *, known: int) -> list[dict[str, Any]]:
+    """Messages of an answer; outcomes of so many prompts come when the head has been sent already."""
     sent: list[dict[str, Any]] = []
 
     async def app(scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
-        if known:
-            OUTCOMES.put("cmpl-x-0-0123abcd", MISS)
+        for number in range(known):
+            OUTCOMES.put(f"cmpl-x-{number}-0123abcd", MISS)
         await send({"type": "http.response.body", "body": b"1", "more_body": True})
         await send({"type": "http.response.body", "body": b"2"})
 
@@ -80,8 +80,17 @@ def answered(scope: dict[str, Any], *, known: bool) -> list[dict[str, Any]]:
 
 def test_the_head_waits_for_the_first_of_the_body():
     noted = {"type": "http", "state": {"request_metadata": SimpleNamespace(request_id="cmpl-x")}}
-    head, *body = answered(noted, known=True)
+    head, *body = answered(noted, known=1)
     assert head["headers"] == [(b"a", b"b"), (b"x-droidspeak", HEADER.encode())]
     assert [part["body"] for part in body] == [b"1", b"2"]
-    assert answered(noted, known=False)[0]["headers"] == [(b"a", b"b")]
-    assert answered({"type": "http"}, known=False)[0]["headers"] == [(b"a", b"b")]
+    assert answered(noted, known=0)[0]["headers"] == [(b"a", b"b")]
+    assert answered({"type": "http"}, known=0)[0]["headers"] == [(b"a", b"b")]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "header"), [(2, f"{HEADER}, {HEADER}"), (16, ", ".join([HEADER] * 16)), (17, None)]
+)
+def test_all_prompts_are_told_in_one_line_if_they_are_not_too_many(prompts, header):
+    noted = {"type": "http", "state": {"request_metadata": SimpleNamespace(request_id="cmpl-x")}}
+    head = answered(noted, known=prompts)[0]["headers"]
+    assert head == [(b"a", b"b"), *([(b"x-droidspeak", header.encode())] if header else [])]

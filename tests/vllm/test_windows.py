@@ -136,7 +136,7 @@ def test_a_lost_chunk_means_that_all_is_computed(scene, engine):
         assert_said(one, scene.right(ids))
 
 
-def test_what_is_saved_is_what_one_table_would_have(scene, engine, nursery):
+def test_what_is_saved_is_what_transformers_would_have(scene, engine):
     ids = prompt(900, LENGTH)
     (first,) = engine.ask(Request(ids, new=40))
     assert first.status[1] == "miss"

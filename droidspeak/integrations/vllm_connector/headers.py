@@ -4,10 +4,11 @@
 
     X-DroidSpeak: applied;reason=cross_model_hit;exact_tokens=0;shared_tokens=704;plan="0-2";source="<id>"
 
-A list of RFC 8941, one item for each prompt of the request. vLLM drops the field `kv_transfer_params` from
-streams and some others of its answers. What the scheduler's half knows of a request when its prompt has been
-computed comes with the connector's statistics, in the step that brings the first token: so it is there
-before anything of the answer is sent, and the head waits until then.
+A list of RFC 8941 with one item for each prompt of the request, in one line. A request of more than 16
+prompts gets none: clients and proxies bound the length of heads. vLLM drops the field `kv_transfer_params`
+from streams and some others of its answers. What the scheduler's half knows of a request when its prompt
+has been computed comes with the connector's statistics, in the step that brings the first token: so it is
+there before anything of the answer is sent, and the head waits until then.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 # vLLM names the n-th prompt `NAME-n` or `NAME_n`, its n-th sample `n_NAME`, and puts random digits after all.
 _ENGINE_NAME = re.compile(r"(?:[0-9]+_)?(?P<whole>(?P<name>.+?)(?:[-_](?P<prompt>[0-9]+))?)-[0-9a-f]{8}")
 _MOST = 4096
+_MOST_PROMPTS = 16
 
 
 class Outcomes:
@@ -83,7 +85,9 @@ def _headers(scope: Message) -> list[tuple[bytes, bytes]]:
     # vLLM's own note of the request; routes that compute nothing have none.
     noted = scope.get("state", {}).get("request_metadata")
     outcomes = OUTCOMES.take(noted.request_id) if noted is not None else []
-    return [(b"x-droidspeak", header_of(outcome).encode("ascii")) for outcome in outcomes]
+    if not 0 < len(outcomes) <= _MOST_PROMPTS:
+        return []
+    return [(b"x-droidspeak", ", ".join(map(header_of, outcomes)).encode("ascii"))]
 
 
 def header_of(outcome: Mapping[str, Any]) -> str:

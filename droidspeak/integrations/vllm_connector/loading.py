@@ -49,6 +49,7 @@ class Loading:
         self._plan = order.match.plan or Plan.recompute(len(layers), ())
         self._exact = order.match.exact_tokens
         self._left = list(self._plan.loaded)
+        self._starts: dict[BlockTable, int] = {}
         self._windows: dict[int, WindowPages] = {}
         # The window before a recomputed token must be there in every layer. What vLLM's own prefix cache has
         # found of it need not be: it keeps the window before the end. So they begin where the chunks do.
@@ -197,8 +198,10 @@ class Loading:
 
     def _start(self, table: BlockTable) -> int:
         """The first token whose rows go into a table's blocks."""
-        blocks = self.order.tables[table.index][: -(-self.order.end // table.block_size)]
-        return max(self.order.first, live_from(blocks, table.block_size))
+        if table not in self._starts:
+            blocks = self.order.tables[table.index][: -(-self.order.end // table.block_size)]
+            self._starts[table] = max(self.order.first, live_from(blocks, table.block_size))
+        return self._starts[table]
 
     def _write(self, layer: int, end: int) -> None:
         paged = self._layers[layer]

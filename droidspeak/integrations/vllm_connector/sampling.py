@@ -19,7 +19,13 @@ from droidspeak.connector import Connector
 from droidspeak.integrations.vllm_connector.metrics import ConnectorStats, gauge_key, gauges_of, increase_key
 from droidspeak.storage import TieredStore
 from droidspeak.storage.tier import TierQueue
-from droidspeak.telemetry.samples import Sample, StoreSamples
+from droidspeak.telemetry.samples import (
+    Sample,
+    StoreSamples,
+    event_samples,
+    evicted_samples,
+    queue_samples,
+)
 
 __all__ = ["EngineSamples", "Sampler", "StepStats"]
 
@@ -64,22 +70,15 @@ class EngineSamples:
         for tier in self._store.tiers:
             if tier.in_memory:
                 yield from (sample for sample in self._usages.of("", tier) if sample[0] in _USAGE)
-        for name, queue in self._store.queues().items():
-            yield "write_queue_bytes", ("", name), queue.nbytes
-            yield "write_queue_capacity_bytes", ("", name), queue.capacity
-        yield "promote_queue_bytes", ("",), self._store.promoting
+        yield from queue_samples("", self._store)
         if (saving := self._saving()) is not None:
             yield "save_queue_bytes", (), saving.nbytes
             yield "save_queue_capacity_bytes", (), saving.capacity
 
     def _counts(self) -> Iterator[Sample]:
         for tier in self._store.tiers:
-            evicted = tier.evicted()
-            yield "tier_evicted_chunks", ("", tier.name), evicted.chunks
-            yield "tier_evicted_bytes", ("", tier.name), evicted.nbytes
-        for event, by_tier in self._store.counters.snapshot().items():
-            for name, count in by_tier.items():
-                yield "store_events", ("", name, event), count
+            yield from evicted_samples("", tier)
+        yield from event_samples("", self._store)
 
     def _increases(self) -> dict[str, float]:
         counts = {increase_key(name, labels): count for name, labels, count in self._counts()}
